@@ -97,11 +97,11 @@ BROKEN = [
     ),
     (
         PLUGIN.format(name="explain", then="pass"),
-        "PluginError: it adds the command 'explain', which visionaccel itself has. Uninstall it, or ask its author",
+        "PluginError: it adds the command 'explain', which visionaccel itself already provides. Uninstall it, or ask",
     ),
     (
         PLUGIN.format(name="bench", then="pass"),
-        "PluginError: it adds the command 'bench', which visionaccel-bench has. Uninstall one of the two",
+        "PluginError: it adds the command 'bench', which visionaccel-bench already provides. Uninstall one of the two",
     ),
     (
         PLUGIN.format(name="greet", then="app.command('greet')(lambda: None)"),
@@ -151,7 +151,7 @@ def test_of_two_plug_ins_with_one_command_the_first_by_name_has_it_and_the_other
     done = run(tmp_path, "greet")
     assert '"hello"' in done.stdout
     assert "The commands of other-tools 1.0 (other_tools) are not available" in done.stderr
-    assert "the command 'greet', which acme-tools 1.0 (acme_tools) has" in done.stderr
+    assert "the command 'greet', which acme-tools 1.0 (acme_tools) already provides" in done.stderr
 
 
 def test_help_lists_the_cores_commands_first(tmp_path):

@@ -500,7 +500,7 @@ def test_wrong_input_is_refused_by_type(device):
             service.encode(image(1), [GRID, GRID])
         with pytest.raises(PatchesError, match="cannot be read"):
             service.submit([None] * 16, GRID).result()
-        with pytest.raises(PatchesError, match="take"):
+        with pytest.raises(PatchesError, match="expects"):
             service.submit(image(1)[:, :50], GRID).result()
         assert service.encode(image(1), [GRID])[0].shape == (4, 24)
 
@@ -696,7 +696,7 @@ def test_a_call_that_never_returns_does_not_hold_up_the_end(device, caplog):
     service.close(wait=0.1)
     with pytest.raises(ServiceClosedError, match="while it encoded the item"):
         running.result(20)
-    assert "A call of encoder 'gated' has not returned; it keeps its device" in caplog.text
+    assert "A call of encoder 'gated' has not returned, so its device is not released" in caplog.text
     gate.let_in()
 
 
