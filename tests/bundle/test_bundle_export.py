@@ -219,7 +219,7 @@ def test_the_processors_digest_is_of_what_makes_patches(tmp_path):
 @pytest.mark.parametrize(
     ("coverages", "complaint"),
     [
-        ([], "no programs"),
+        ([], "no program was requested"),
         ([FixedGrid(GRID), FixedGrid(GRID)], "twice"),
         ([AnyGrid(), AnyGrid(5)], "twice"),
         ([FixedGrid(Grid(2, 10, 18))], "one frame"),

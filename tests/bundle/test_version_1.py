@@ -107,5 +107,5 @@ def test_another_configuration_is_refused(tiny, old, tmp_path):
     config = json.loads((copy / "config.json").read_text())
     config["vision_config"]["fullatt_block_indexes"] = [2]
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(BundleError, match=r"another vision configuration.*full_blocks"):
+    with pytest.raises(BundleError, match=r"different vision configurations.*full_blocks"):
         open_bundle(old, checkpoint=Checkpoint(copy))

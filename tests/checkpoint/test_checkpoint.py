@@ -181,7 +181,7 @@ def test_an_index_and_a_single_file_of_other_tensors_are_refused(tmp_path, chang
     values = tensors.pop(name := "visual.merger.mlp.0.bias")
     changed = {"name": {f"{name}_": values}, "dtype": {name: values.astype(np.float16)}, "shape": {name: values[None]}}
     save_file({**tensors, **changed.get(change, {})}, folder / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"has model\.safetensors and also model\.safetensors\.index\.json"):
+    with pytest.raises(CheckpointError, match=r"has both model\.safetensors and model\.safetensors\.index\.json"):
         _ = open_tower(folder).stored_names
 
 

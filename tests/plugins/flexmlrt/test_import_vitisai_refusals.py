@@ -217,7 +217,7 @@ WRONG = {
     "another shape": (TABLE, lambda v: v["inputs"][0].update(cpu_shape=[60, 2, 64]), "graph_edges does not list"),
     "another model": (TABLE, lambda v: v["inputs"][0].update(tensor_name="x"), "tensor 'x' is not in"),
     "another partition": (
-        CONNECTIVITY, lambda v: v["execution_order"].append("vaiml_par_1"), "vaiml_par_1, and the folder has"
+        CONNECTIVITY, lambda v: v["execution_order"].append("vaiml_par_1"), "vaiml_par_1, but the folder contains"
     ),
     "no edges": (CONNECTIVITY, lambda v: v.pop("graph_edges"), "graph_edges: Field required"),
 }  # fmt: skip
