@@ -250,7 +250,7 @@ def test_what_exists_is_not_replaced(whole, tmp_path):
     (tmp_path / "link").symlink_to("nowhere")
     before = everything(tmp_path)
     for name in ("folder", "file", "link", "whole"):
-        with pytest.raises(ConfigurationError, match=f"{name} exists"):
+        with pytest.raises(ConfigurationError, match=f"{name} already exists"):
             strip_checkpoint(Checkpoint(whole), tmp_path / name)
     assert everything(tmp_path) == before
 
@@ -260,7 +260,7 @@ def test_the_checkpoints_own_folder_is_not_written_to(whole, tmp_path):
     before = everything(tmp_path)
     for folder in (whole, tmp_path / "way"):
         for out in (whole / "out", whole / "sub" / "out", tmp_path / "way" / "out"):
-            with pytest.raises(ConfigurationError, match="own folder"):
+            with pytest.raises(ConfigurationError, match="inside the checkpoint's folder"):
                 strip_checkpoint(Checkpoint(folder), out)
     assert everything(tmp_path) == before
 

@@ -33,7 +33,7 @@ def test_right_tensors_pass_in_every_float_dtype(dtype):
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (patches()[0], r"takes \[patches, 12\]"),
+        (patches()[0], r"expects \[patches, 12\]"),
         (patches()[:, :-1], r"shape \[40, 11\]"),
         (patches()[:-1], "39 patches were given, but the grids .* describe 40"),
         (np.concatenate([patches(), patches()]), "80 patches"),
