@@ -180,10 +180,10 @@ def test_a_requirement_that_is_not_met_is_a_failure_with_the_command_that_mends_
     lines = "".join(f"Requires-Dist: {one}\n" for one in needs)
     metadata.write_text(f"{metadata.read_text()}Provides-Extra: x\n{lines}")
     rows = {row["found"]: row for row in of(doctor("--backend", "broken", site=site, status=1), "versions")}
-    (numpy,) = (row for found, row in rows.items() if "needs numpy<1,>=0.9, and " in found)
+    (numpy,) = (row for found, row in rows.items() if "needs numpy<1,>=0.9, but " in found)
     assert numpy["status"] == "failure"
     assert numpy["fix"] == "pip install 'numpy<1,>=0.9'"
-    absent = rows["broken-plugin 1.0 needs absent-library>=1, and it is not installed"]
+    absent = rows["broken-plugin 1.0 needs absent-library>=1, but it is not installed"]
     assert absent["fix"] == "pip install 'absent-library>=1'"
     (extra,) = (row for found, row in rows.items() if "needs rich<1" in found)
     assert extra["status"] == "warning"
