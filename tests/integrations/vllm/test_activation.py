@@ -196,7 +196,7 @@ def test_a_configuration_that_has_no_place_for_a_mark_is_not_taken_to_be_prepare
     config.additional_config = given
     engine_config.mark_prepared(config)
     assert not engine_config.is_prepared(config)
-    with pytest.raises(ConfigurationError, match="has an additional_config that is not a dict, so it is not known"):
+    with pytest.raises(ConfigurationError, match="has an additional_config that is not a dict"):
         activation.check_engine(config)
 
 
