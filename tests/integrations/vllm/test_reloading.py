@@ -214,7 +214,7 @@ def test_a_stripped_checkpoint_of_the_weights_in_use_changes_nothing(engine, tin
 
 
 def test_a_checkpoint_that_was_stripped_of_other_weights_is_refused(engine, tiny, other, tmp_path):
-    with pytest.raises(ConfigurationError, match="the vision weights stripped from .* are not those of the vision encoder") as caught:
+    with pytest.raises(ConfigurationError, match="are not those of the vision encoder") as caught:
         engine.load({}, stripped(other, tmp_path))
     assert [order.refusal for order in engine.orders] == [caught.value.message]
     assert torch.equal(engine.tower(PATCHES, GRIDS), torch.zeros(10, 24))
