@@ -97,7 +97,7 @@ def test_a_tensor_that_is_named_twice_is_refused_in_artifacts_and_in_programs(ti
 def test_very_many_dimensions_are_refused_before_they_are_multiplied(tmp_path):
     started, many = time.process_time(), [2**62] * 300_000
     inline = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=many, raw_data=b"1234")
-    with pytest.raises(BundleError, match="300000 dimensions"):
+    with pytest.raises(BundleError, match="too many dimensions: 300000"):
         OnnxGraph(graph_of(), tmp_path / "vision.onnx").values(inline)
     assert time.process_time() - started < 20
 

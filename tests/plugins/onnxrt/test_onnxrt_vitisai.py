@@ -426,7 +426,7 @@ def test_a_compiled_program_runs_nowhere_else(tmp_path):
     verdict = OnnxRuntimeBackend().probe(program, "cpu")
     assert isinstance(verdict, Rejected)
     assert "compiled for an npu" in verdict.reason
-    with pytest.raises(ConfigurationError, match=f"compiled for {VITISAI}, and {CPU} cannot run it"):
+    with pytest.raises(ConfigurationError, match=f"compiled for {VITISAI}; {CPU} cannot run it"):
         OnnxRuntimeBackend().open(program, "cpu", OnnxRuntimeOptions())
 
 
