@@ -394,7 +394,7 @@ PLANTED = (
         """,
     ),
     Planted(
-        "reads_what_is_there", "L5-truncated", "is gone",
+        "reads_what_is_there", "L5-truncated", "is missing",
         """
         def init(self, program):
             self.width, self._session, self._weights = program.outputs[0].shape[1], None, None
