@@ -33,7 +33,7 @@ export VLLM_CONFIG_ROOT := $(XDG_CONFIG_HOME)/vllm
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
-.PHONY: help install demo test lint types docs native observers unit unit-others unit-plugins e2e faults hostile audit bench dist minimum vllm-matrix format clean
+.PHONY: help install demo test lint types docs native observers unit unit-others unit-plugins unit-kit e2e faults hostile audit bench dist minimum vllm-matrix format clean
 
 help:
 	@echo "make demo    install, then compare stock vLLM with a backend on handwritten digits"
@@ -67,7 +67,7 @@ demo: $(INSTALLED)
 
 # Two targets at a time, for two cores: as one ends, the next begins. Finally, the results are compared with those on the pages.
 test: $(INSTALLED)
-	$(MAKE) --jobs=2 --output-sync=line lint types docs native observers e2e unit-others unit-plugins
+	$(MAKE) --jobs=2 --output-sync=line lint types docs native observers e2e unit-others unit-plugins unit-kit
 	$(BIN)/python tools/evidence.py
 
 lint: $(INSTALLED)
@@ -119,18 +119,21 @@ observers: $(INSTALLED)
 		|| echo "The report's tests need a browser (Debian: chromium)."
 
 UNIT = TESTS_BROWSER=$$(command -v chromium > /dev/null && echo 1) $(BIN)/python -m pytest --durations=25
-PLUGINS := tests/plugins tests/towers
+PLUGINS := $(filter-out tests/plugins/testing,$(wildcard tests/plugins/*)) tests/towers
 
-# In halves, which `test` runs next to each other.
-unit: unit-others unit-plugins
+# In parts, which `test` runs next to each other.
+unit: unit-others unit-plugins unit-kit
 
 unit-others: observers
-	$(UNIT) --ignore tests/e2e $(PLUGINS:%=--ignore %) --junitxml=$(VENV)/results/unit.xml
+	$(UNIT) --ignore tests/e2e --ignore tests/plugins --ignore tests/towers --junitxml=$(VENV)/results/unit.xml
 
 # With the tests of towers, because both use the blocks of the 7B tower, which take long to make.
 unit-plugins: observers
+	$(UNIT) $(PLUGINS) --basetemp=.pytest_tmp_plugins --junitxml=$(VENV)/results/plugins.xml
+
+unit-kit: $(INSTALLED)
 	rm -rf $(VENV)/conformance
-	$(UNIT) $(PLUGINS) --visionaccel-report=$(VENV)/conformance --basetemp=.pytest_tmp_plugins --junitxml=$(VENV)/results/plugins.xml
+	$(UNIT) tests/plugins/testing --visionaccel-report=$(VENV)/conformance --basetemp=.pytest_tmp_kit --junitxml=$(VENV)/results/kit.xml
 
 e2e: $(INSTALLED)
 	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e --junitxml=$(VENV)/results/e2e.xml --durations=25
