@@ -267,7 +267,7 @@ def test_the_checkpoints_own_folder_is_not_written_to(whole, tmp_path):
 
 def test_a_stripped_checkpoint_is_not_stripped_again(whole, tmp_path):
     strip_checkpoint(Checkpoint(whole), tmp_path / "once")
-    with pytest.raises(CheckpointError, match="nothing to strip"):
+    with pytest.raises(CheckpointError, match="no vision weights to strip"):
         strip_checkpoint(Checkpoint(tmp_path / "once"), tmp_path / "twice")
     assert not (tmp_path / "twice").exists()
 

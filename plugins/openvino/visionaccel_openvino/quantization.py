@@ -50,7 +50,7 @@ def quantize(program: Program, calibration: Iterable[Mapping[str, Array]], folde
         folder: Where to write `NAME.onnx`, which refers to the weights that are not quantized.
 
     Raises:
-        ConfigurationError: If it is not such a program, or there is nothing to calibrate with or to quantize.
+        ConfigurationError: If it is not such a program, has nothing to quantize, or no calibration data is given.
         ArtifactError: If the model or its weights cannot be read.
     """
     standard = program.format == ONNX_STANDARD or (program.format == ONNX and not isinstance(program.coverage, AnyGrid))

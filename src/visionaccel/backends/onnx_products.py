@@ -67,7 +67,7 @@ def quantize_products(
         keep_last: Do not quantize the model's last product, if there are others.
 
     Raises:
-        ConfigurationError: If there are no products to quantize, or no calls.
+        ConfigurationError: If the model has no products to quantize, or no calls are given.
         ArtifactError: If the model cannot be read, or the rows are not finite.
     """
     model = parse_model(program)
@@ -171,7 +171,7 @@ def _largest_by_channel(
             hint="Export the bundle in float32 again.",
         )
     if not found:
-        raise ConfigurationError("there are no calibration images.", hint="Pass images that fit the programs.")
+        raise ConfigurationError("no calibration images were passed.", hint="Pass images that fit the programs.")
     return found
 
 

@@ -71,7 +71,7 @@ class Registry:
         """Return the installed backend of that name.
 
         Raises:
-            UnknownBackendError: If there is none; the message says what is installed and what to install.
+            UnknownBackendError: If it is not installed; the message says what is installed and what to install.
         """
         if found := [entry for entry in self.entries if entry.name == name]:
             return found[0]

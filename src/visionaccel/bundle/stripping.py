@@ -81,7 +81,7 @@ def strip_checkpoint(
         removed = tower.stored_names
         if not removed:
             raise CheckpointError(
-                f"{checkpoint.folder} has no vision weights: there is nothing to strip.",
+                f"{checkpoint.folder} has no vision weights to strip.",
                 hint="Use it as it is, and set VISIONACCEL_BUNDLE to a folder that has the vision weights.",
             )
         kept = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in removed}

@@ -76,7 +76,7 @@ def own_stdout() -> Iterator[None]:
 @contextmanager
 def results_only() -> Iterator[None]:
     """Keep stdout for results: other output of Python code, such as a plug-in's, goes to stderr. Also a decorator."""
-    if sys.stderr is None or results.file is not sys.stdout:  # there is no stderr, or an outer context keeps stdout
+    if sys.stderr is None or results.file is not sys.stdout:  # stderr is closed, or an outer context keeps stdout
         yield
         return
     results.file = sys.stdout
@@ -142,7 +142,7 @@ def _table(title: str, **given: Any) -> Table:
 
 
 def _widths(cells: Sequence[Sequence[str]], room: int) -> Sequence[int | None]:
-    """Choose column widths at which no word breaks, from the cells of each column; None for each if there are none."""
+    """Choose column widths at which no word breaks, from each column's cells; None for each if they do not fit."""
     wanted = [max(len(line) for cell in column for line in (*cell.splitlines(), "")) for column in cells]
     words = [max(len(word) for cell in column for word in (*cell.split(), "")) for column in cells]
     widths = [min(_LONG_WORD, longest) for longest in words]

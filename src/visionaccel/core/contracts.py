@@ -87,7 +87,7 @@ def check_output(backend: str, spec: TensorSpec, array: Array | None, sizes: Map
     Args:
         backend: The backend's name, for messages.
         spec: The tensor that the program declares.
-        array: The tensor [rows, width] that was returned; None if there is none of that name.
+        array: The returned tensor [rows, width]; None if no tensor of that name was returned.
         sizes: The sizes of this call, by the names in `spec.shape`.
 
     Raises:

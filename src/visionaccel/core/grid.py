@@ -93,7 +93,7 @@ def as_grids(grids: Iterable[GridLike] | Any, merge_size: int = 1) -> tuple[Grid
         merge_size: Height and width must be divisible by it.
 
     Raises:
-        GridError: If there are no grids, or one is malformed or not divisible.
+        GridError: If no grids are given, or one is malformed or not divisible.
     """
     rows = grids.tolist() if hasattr(grids, "tolist") else list(grids)
     if not rows:

@@ -62,7 +62,7 @@ def family_named(name: str) -> Family:
 
     Raises:
         PluginError: If one of visionaccel's own families cannot be loaded.
-        UnsupportedArchitectureError: If there is no family of that name.
+        UnsupportedArchitectureError: If no installed family has that name.
     """
     for architecture, points in sorted(_points().items(), key=lambda each: _distribution(each[1][0]) != _OURS):
         try:

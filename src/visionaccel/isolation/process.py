@@ -180,13 +180,13 @@ class DeviceProcess:
         return outputs
 
     def _answer(self, kind: type[_Kind], seconds: float, take: Callable[[_Kind], _Result]) -> _Result:
-        """Wait for the next answer and return what `take` makes of it. Kills the child if there is no valid answer.
+        """Wait for the next answer and return `take(answer)`. Kills the child if the answer is invalid or late.
 
         Otherwise a later call could receive this call's answer.
 
         Raises:
             VisionAccelError: If the answer is an error.
-            _NoAnswerError: If there is no valid answer in time.
+            _NoAnswerError: If no valid answer arrives in time.
         """
         limit = time.monotonic() + seconds
         try:

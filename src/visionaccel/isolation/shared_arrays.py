@@ -35,7 +35,7 @@ def dtype_code(dtype: np.dtype[Any]) -> str:
 
 
 def numeric_dtype(code: object) -> np.dtype[Any]:
-    """Return the dtype of numbers with that code. Raises ValueError if there is none."""
+    """Return the dtype of numbers with that code. Raises ValueError if the code is unknown."""
     if isinstance(code, str):
         if _NUMBERS.fullmatch(code):
             with suppress(TypeError):  # numpy has no numbers of that size

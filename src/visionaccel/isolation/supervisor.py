@@ -111,7 +111,7 @@ class IsolatedSession(Session):
 
     @property
     def pid(self) -> int | None:
-        """Process id of the child that takes calls; None while there is none."""
+        """Process id of the child that takes calls; None while no child runs."""
         process = self._supervisor.process
         return None if process is None else process.pid
 
@@ -125,7 +125,7 @@ class IsolatedSession(Session):
 
         Raises:
             VisionAccelError: What the session raised; a DeviceError for other exceptions. The child continues.
-            DeviceLostError: If there is no child, or it died, sent an invalid answer, or took too long and was killed.
+            DeviceLostError: If no child runs, or it died, sent an invalid answer, or took too long and was killed.
         """
         return self._supervisor.run(inputs)
 

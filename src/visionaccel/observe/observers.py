@@ -29,7 +29,7 @@ TIMING_PREFIX = "visionaccel encode "
 
 
 def installed(kind: type[_T], make: Callable[[], _T]) -> _T:
-    """Return this process's observer of a class; make and register one if there is none.
+    """Return this process's observer of a class; make and register one on the first call.
 
     A forked process makes a new one: its parent's has counts, and locks that the parent's threads may hold.
     """

@@ -149,7 +149,7 @@ class _Opening:
         raise error
 
     def shadow(self, link: ChainLink, reference: ChainLink | None) -> Shadow | None:
-        """Make the shadow of a link that is open, if there is a reference."""
+        """Make the shadow of an open link; None without a reference."""
         if reference is None:
             return None
         encoder = link.encoder_if_open

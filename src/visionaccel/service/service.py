@@ -52,7 +52,7 @@ class EncodeService:
         dtype: The dtype of the embeddings: `float32`, `bfloat16` (through ml_dtypes) or `float16`.
 
     Raises:
-        ConfigurationError: If there is no encoder, the dtype is unknown, or the encoders compute different numbers.
+        ConfigurationError: If `encoders` is empty, the dtype is unknown, or the encoders compute different numbers.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class EncodeService:
     ) -> Future[Embedding]:
         """Submit one image or video for encoding.
 
-        Takes microseconds if there is a key and the queue has room. Without a key it reads the patches once.
+        Takes microseconds if a key is given and the queue has room. Without a key it reads the patches once.
 
         Args:
             patches: float32, float16 or bfloat16 [P, patch_width], numpy or torch. Must not change until the future is
@@ -150,7 +150,7 @@ class EncodeService:
         Raises:
             GridError: If the grid is wrong.
             PatchesError: If the number of patches does not match the grid, or they cannot be read.
-            QueueFullError: If there was no room in time.
+            QueueFullError: If the queue had no room within the timeout.
             ServiceClosedError: If the service is closed.
         """
         item = self._item(patches, grid, key, arrival, urgent)

@@ -93,7 +93,7 @@ class ServiceState:
         return len(self._waiting) < self._size and not self._closed
 
     def enter(self, item: Item) -> Future[Embedding] | None:
-        """Accept a new item: join an equal one, answer from the cache, or queue it; None if there is no room.
+        """Accept a new item: join an equal one, answer from the cache, or queue it. Returns None if the queue is full.
 
         Raises:
             ServiceClosedError: If the service is closed.

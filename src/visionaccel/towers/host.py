@@ -144,7 +144,7 @@ class PatchEmbedding:
         precision: The program's precision. With bfloat16, patches and result are rounded here too. With float16, the
             product is computed in float32, which is faster on CPUs.
         merged: Patches of one token, which stay together.
-        bias: [hidden], added before the result is rounded; None if there is no bias.
+        bias: [hidden], added before the result is rounded; None for no bias.
         use_torch: Whether torch computes the product; None to use torch if it is installed and supports the precision.
     """
 

@@ -70,9 +70,9 @@ class FirstAnswer:
 class Canary:
     """Encodes golden images and compares the answers with the known ones. Used by one thread at a time.
 
-    Without golden images (there is no bundle, or it was never validated), an encoder's first answer is compared with
-    that of the first encoder, and its later answers with its first. This finds an encoder with other weights and a
-    device whose results change over time, but not a first encoder that was wrong from the start.
+    Without golden images (for a checkpoint, or a bundle that was never validated), an encoder's first answer is
+    compared with that of the first encoder, and its later answers with its first. This finds an encoder with different
+    weights and a device whose results change over time, but not a first encoder that was wrong from the start.
 
     Args:
         images: The golden images; those that do not fit a program of the encoder are left out.

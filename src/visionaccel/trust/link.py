@@ -193,7 +193,7 @@ class ChainLink:
             tries: How often to try within the deadline for openings.
 
         Raises:
-            VisionAccelError: Why there is none.
+            VisionAccelError: If the encoder cannot be opened; the message says why.
         """
         if self.encoder_if_open is not None:
             return self.encoder_if_open

@@ -39,7 +39,7 @@ _RETURNING = 2.0
 
 
 class LateError(Exception):
-    """A call did not return in time; if there is a message, it never began, because of another call."""
+    """A call did not return in time. If it has a message, the call never began because of another call."""
 
 
 class WatchedCalls:

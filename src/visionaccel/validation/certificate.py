@@ -302,7 +302,7 @@ class _Run:
 
     def _keep_golden(self, entry: ProgramEntry, trials: Sequence[Trial], threshold: float) -> None:
         """Keep golden images for a program: a picture of a usual size, and the largest one if that differs."""
-        # Pictures show more faults of a device than noise; without a processor there are none.
+        # Pictures show more faults of a device than noise, but they need a processor.
         pictures = [t for t in trials if t.photograph is None and t.name != "noise"] or list(trials)
         by_size = sorted(pictures, key=lambda trial: total_patches(trial.grids))
         usual = next(trial for trial in pictures if trial.grids == trials[0].grids)

@@ -99,7 +99,7 @@ def encode(
         require("matplotlib.figure")
     contenders = (*named_backends(backend or ()), *named_peers(peer or ()))
     if not contenders:
-        raise SettingsError("there is nothing to compare.", hint="Pass --backend or --peer.")
+        raise SettingsError("bench encode has nothing to compare.", hint="Pass --backend or --peer.")
     report = _measured(source, preset, depth, _grids(grid, grids), contenders, rounds, threads, deadline)
     document = {**asdict(report), "plot": plot}
     write_json(document, output)  # before the picture, which may fail

@@ -99,7 +99,7 @@ class ContenderReport:
 
 @dataclass(frozen=True, slots=True)
 class EncodeReport:
-    """The whole report. `reference_error` says why there is no accuracy; None if there is."""
+    """The whole report. `reference_error` says why accuracy was not measured; None if it was."""
 
     source: str
     plan: EncodePlan

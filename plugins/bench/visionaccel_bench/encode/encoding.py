@@ -112,7 +112,7 @@ class Taken:
 class Peak:
     """The most operations a second, by dtype, that matrix products of the tower's shapes reached in the same rounds.
 
-    `error` says why there are none, or none of later rounds.
+    `error` says why all times, or those of later rounds, are missing.
     """
 
     rates: dict[str, float] = field(default_factory=dict)

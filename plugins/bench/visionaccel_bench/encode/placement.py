@@ -106,7 +106,7 @@ def advise(report: EncodeReport, backend: ContenderReport, stock: ContenderRepor
 
 
 def _refusal(report: EncodeReport, backend: ContenderReport, compared: Sequence[str]) -> ModeAdvice | None:
-    """Return a reason not to offload, or not to advise, that no time can outweigh; None if there is none."""
+    """Return a reason not to offload, or not to advise, that no time can outweigh, or None."""
     failed = next((grid for grid in backend.grids if grid.error is not None), None)
     if failed is not None:
         return ModeAdvice(False, f"do not: it fails on grid {failed.grid}: {failed.error}")

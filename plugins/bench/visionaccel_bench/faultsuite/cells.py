@@ -66,7 +66,7 @@ class Cell:
 
     @property
     def expected(self) -> str:
-        """How the affected request must end: with an answer, or with an error if there is no fallback."""
+        """How the affected request must end: with an answer, or, without a fallback, with an error."""
         return "answer" if self.serving.fallback else "error"
 
     def __str__(self) -> str:

@@ -87,7 +87,7 @@ def make_report(inputs: Inputs, found: Diagnosis, title: str) -> Report:
 
 
 def worst(statuses: Sequence[Status]) -> Status:
-    """Return the worst status; `pass` if there are none."""
+    """Return the worst status, or `pass` for an empty list."""
     return next((status for status in _ORDER if status in statuses), "pass")
 
 

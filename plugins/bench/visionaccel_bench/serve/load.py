@@ -106,7 +106,7 @@ def send(url: str, model: str, load: Load, *, one_by_one: bool = False) -> Run:
 
 
 def first_model(url: str) -> str:
-    """Return the first model that a running server serves; ConfigurationError if there is none."""
+    """Return the first model that a running server serves. Raises ConfigurationError if it serves none."""
     from openai import OpenAI, OpenAIError
 
     try:

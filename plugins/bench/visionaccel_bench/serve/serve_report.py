@@ -31,7 +31,7 @@ class Spread:
 
     @classmethod
     def of(cls, times: Iterable[float]) -> Self | None:
-        """Return the percentiles; None if there are no times."""
+        """Return the percentiles, or None for an empty list."""
         found = list(times)
         return cls(*map(float, np.percentile(found, (50, 90, 99, 100)))) if found else None
 
@@ -270,7 +270,7 @@ def _notes(
     elif simulated is None:
         yield "Whether the devices of running servers are simulated is unknown."
     if device.seconds_each is None:
-        yield "The device's time is unknown, so there is no bound; pass --device-seconds."
+        yield "The bound is unknown, because the device's time is. Pass --device-seconds."
     for name, mode in modes.items():
         if taken[name].overran:
             yield f"{name}: the simulated device computed for longer than its latency; pass a longer one."

@@ -99,7 +99,7 @@ def read_digits(folder: Path, ours: Encoder, reference: Encoder, count: int) -> 
 
 
 def _fitted(image: Image, fitter: Fitter | None, process: ImageProcessor) -> tuple[Patches, Grid]:
-    """Return the patches and grid of an image, fitted if there is a fitter."""
+    """Return the patches and grid of an image, which the fitter, if given, fits first."""
     if fitter is None:
         return process(image)
     patch, grid = fitter.tower.patch_size, fitter.grid_for(image.height, image.width)

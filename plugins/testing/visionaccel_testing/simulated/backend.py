@@ -44,7 +44,7 @@ class Target:
     Attributes:
         backend: Name of the wrapped backend, or `auto` for the best one for the program.
         device: That backend's device; None for its default.
-        number: Distinguishes simulated devices that wrap the same backend; None if there is one.
+        number: Distinguishes simulated devices that wrap the same backend; None if only one does.
         apart: Run in a child process, as a vendor's backend may.
     """
 

@@ -85,7 +85,7 @@ def looked(name: str, look: Callable[[], Finding | Iterable[Finding]]) -> list[F
 
 
 def passed_unless(fix: str, name: str, detail: str) -> Finding:
-    """Make a finding that is a warning if there is something to fix, and a pass otherwise."""
+    """Make a finding: a warning if `fix` says what to do, otherwise a pass."""
     return Finding(name, "warning" if fix else "pass", detail, fix)
 
 

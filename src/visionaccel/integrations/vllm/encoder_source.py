@@ -299,7 +299,7 @@ class Comparison:
             self._problem = error.message
 
     def replacement(self) -> Tower | Bundle:
-        """Return the source in vLLM's files with exactly the weights that vLLM was given; an error if there is none."""
+        """Return the source in vLLM's files with exactly the weights that vLLM was given, or an error."""
         problem = self._problem
         if problem is None and self._new is not None:
             odd = self._new.unlike(self._used, self.differing)

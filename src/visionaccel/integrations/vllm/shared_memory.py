@@ -305,7 +305,7 @@ class FaultReader:
         self._free.atexit = False
 
     def new(self) -> list[Fault]:
-        """Return the faults since the last call; takes less than a microsecond if there are none.
+        """Return the faults since the last call; takes less than a microsecond if nothing has failed.
 
         If a report is broken, or there were more than the area holds, every item in flight counts as faulty.
         """

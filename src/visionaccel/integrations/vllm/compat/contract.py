@@ -147,7 +147,7 @@ def missing_of(entry: Entry) -> tuple[str, ...]:
 
 
 def way_of(entry: Entry) -> str | None:
-    """Return the first way of an entry that this vLLM has; None if there is none."""
+    """Return the first way of an entry that this vLLM has, or None."""
     return next((name for name, way in entry.ways.items() if not missing_names(way)), None)
 
 

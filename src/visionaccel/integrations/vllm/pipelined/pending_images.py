@@ -85,7 +85,7 @@ class PendingImages:
         return ready
 
     def get(self, identifier: str) -> Embedding | None:
-        """Return an item's embedding; None if there is none."""
+        """Return an item's embedding, or None if it is not ready."""
         pending = self._pending.get(identifier)
         return None if pending is None or pending.suspect else pending.rows
 

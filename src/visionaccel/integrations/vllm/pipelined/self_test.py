@@ -42,7 +42,7 @@ def problem(*, contained: bool, asynchronous: bool) -> str | None:
 
 
 class _NoVerdictError(Exception):
-    """The self-test could not be run, so there is no verdict to remember."""
+    """The self-test could not be run, so its result is unknown and is not saved."""
 
 
 def _run(kind: tuple[str, str]) -> str:
