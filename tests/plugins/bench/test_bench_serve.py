@@ -108,7 +108,7 @@ def test_the_table_says_what_is_not_known():
         done = bench("--url", url, *SMALL)
     assert done.exit_code == 0, done.output
     assert "times the ideal bound" in done.stdout
-    assert "pass --device-seconds" in " ".join(done.stdout.split())
+    assert "Pass --device-seconds" in " ".join(done.stdout.split())
 
 
 def test_a_failing_request_is_an_error_that_names_server_and_request():
