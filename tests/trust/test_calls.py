@@ -11,7 +11,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from gated import wait_until
-from visionaccel.trust import LateError, WatchedCalls
+from visionaccel.trust.threads import LateError, WatchedCalls
 
 LIMIT = 0.05
 
