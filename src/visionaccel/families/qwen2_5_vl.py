@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from visionaccel.errors import UnsupportedArchitectureError
-from visionaccel.towers import Activation, Family, Gated, Linear, Merge, Norm, TowerSpec, VisionConfiguration
+from visionaccel.families.parts import attention, merger, patch_embedding, require, sizes
+from visionaccel.towers import Family, Gated, Linear, Norm, TowerSpec, VisionConfiguration
 
 DEFAULTS = {
     "depth": 32,
@@ -21,31 +21,20 @@ DEFAULTS = {
 """Values that configurations may leave out: transformers' defaults. No model has the default `hidden_size`."""
 
 
-def _spec(config: VisionConfiguration) -> TowerSpec:
-    if config["hidden_act"] != "silu":
-        raise UnsupportedArchitectureError(
-            f"{config.where}.hidden_act is {config['hidden_act']!r}; only 'silu' is implemented.",
-            hint="Pass a released Qwen2.5-VL checkpoint or a finetune of one.",
-        )
-    patch, merge, channels = (config.whole(name) for name in ("patch_size", "spatial_merge_size", "in_channels"))
-    temporal, hidden, depth = (config.whole(name) for name in ("temporal_patch_size", "hidden_size", "depth"))
-    inner, out, side = (config.whole(name) for name in ("intermediate_size", "out_hidden_size", "window_size"))
-    if min(patch, merge) < 1 or side % (patch * merge):
+def described(config: VisionConfiguration) -> TowerSpec:
+    """Return the description of a tower of this kind."""
+    require(config, "hidden_act", "silu")
+    common = sizes(config)
+    token, side, depth = common["patch"] * common["merge"], config.whole("window_size"), common["depth"]
+    hidden, inner, out = common["hidden"], config.whole("intermediate_size"), config.whole("out_hidden_size")
+    if min(common["patch"], common["merge"]) < 1 or side % token:
         raise ValueError("patch_size and spatial_merge_size must be positive, window_size must be a multiple of both")
-    wide = hidden * merge**2
     return TowerSpec(
-        patch=patch,
-        temporal=temporal,
-        channels=channels,
-        merge=merge,
-        hidden=hidden,
-        heads=config.whole("num_heads"),
-        depth=depth,
+        **common,
+        **attention(hidden),
         out=out,
-        embed=(Linear("patch_embed.proj", channels * temporal * patch**2, hidden, bias=False),),
+        embed=(patch_embedding(common, bias=False),),
         norm1=Norm("norm1", "rms", hidden),
-        qkv=Linear("attn.qkv", hidden, 3 * hidden),
-        proj=Linear("attn.proj", hidden, hidden),
         norm2=Norm("norm2", "rms", hidden),
         mlp=(
             Gated(
@@ -55,23 +44,16 @@ def _spec(config: VisionConfiguration) -> TowerSpec:
                 "silu",
             ),
         ),
-        merger=(
-            Norm("merger.ln_q", "rms", hidden),
-            Merge(),
-            Linear("merger.mlp.0", wide, wide),
-            Activation("gelu"),
-            Linear("merger.mlp.2", wide, out),
-        ),
-        window=side // (patch * merge),
+        merger=merger(common, out, "rms", ("merger.ln_q", "merger.mlp.0", "merger.mlp.2")),
+        window=side // token,
         # Indexes of blocks that do not exist are ignored, as in the reference: a tower may be cut to fewer blocks.
         full_blocks=tuple(sorted({block for block in config.wholes("fullatt_block_indexes") if 0 <= block < depth})),
-        rotary_base=config.rotary_base,
     )
 
 
 FAMILY = Family(
     name="qwen2_5_vl",
-    spec=_spec,
+    spec=described,
     defaults=DEFAULTS,
     names={f"blocks.{{n}}.attn.{part}_proj": f"blocks.{{n}}.attn.{part}" for part in "qkv"},
     fused={"blocks.{n}.mlp.gate_up_proj": ("blocks.{n}.mlp.gate_proj", "blocks.{n}.mlp.up_proj")},

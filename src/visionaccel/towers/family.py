@@ -52,6 +52,20 @@ class VisionConfiguration:
             raise ValueError(f"{name} is {values!r} and not a list")
         return tuple(_whole(name, value) for value in values)
 
+    def number(self, name: str) -> float:
+        """Return a value that must be a number."""
+        value = self[name]
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            raise ValueError(f"{name} has {value!r} where a number is expected")
+        return float(value)
+
+    def flag(self, name: str) -> bool:
+        """Return a value that must be true or false."""
+        value = self[name]
+        if not isinstance(value, bool):
+            raise ValueError(f"{name} has {value!r} where true or false is expected")
+        return value
+
     @property
     def rotary_base(self) -> float:
         """Base of the rotary frequencies, from either of the two places where transformers writes it."""
@@ -244,6 +258,8 @@ def plain_weights(tensors: Mapping[str, StoredTensor], spec: TowerSpec) -> dict[
                 f"{tensor.file}: {tensor.name!r} is part of an adapter that is not merged into the vision tower.",
                 hint="Merge the adapter into the checkpoint, for example with PEFT's merge_and_unload.",
             )
+        if wanted is not None and (*tensor.shape[:2], 1, *tensor.shape[2:]) == wanted:
+            tensor = replace(tensor, shape=wanted)  # a convolution over one frame, stored without its axis of time
         if tensor.shape != wanted:
             misfit = (
                 f"unknown weight {tensor.name!r}"
