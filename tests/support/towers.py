@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.grid import as_grids, total_patches
+from visionaccel.families import family_of
 from visionaccel_testing.checkpoints import TINY
 
 if TYPE_CHECKING:
@@ -22,7 +24,8 @@ def random_patches(
     grids: list[tuple[int, int, int]], config: Mapping[str, Any] = TINY, seed: int = 0
 ) -> NDArray[np.float32]:
     """Random patches for grids of a tower."""
-    width = config["in_channels"] * config["temporal_patch_size"] * config["patch_size"] ** 2
+    channels = config.get("in_channels") or config["num_channels"]
+    width = channels * config["temporal_patch_size"] * config["patch_size"] ** 2
     rng = np.random.default_rng(seed)
     return rng.standard_normal((total_patches(as_grids(grids)), width), dtype=np.float32)
 
@@ -39,17 +42,34 @@ def _reference_tower(folder: Path) -> torch.nn.Module:
 
 @cache
 def _loaded_tower(folder: Path, written: tuple[int, ...]) -> torch.nn.Module:
+    import torch
+    import transformers
     from safetensors.torch import load_file
-    from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
-    from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VisionTransformerPretrainedModel
 
     checkpoint = Checkpoint(folder)
-    config = Qwen2_5_VLVisionConfig.from_dict(dict(checkpoint.config["vision_config"]))
-    config._attn_implementation = "eager"
-    tower = Qwen2_5_VisionTransformerPretrainedModel(config)
+    family = family_of(checkpoint)
+    (architecture,) = checkpoint.architectures
+    model = getattr(transformers, architecture)
+    config: Any = model.config_class
+    for key in family.config:
+        config = config.sub_configs[key]
+    module = sys.modules[model.__module__]
+    kind = next(
+        kind
+        for kind in vars(module).values()
+        if isinstance(kind, type) and getattr(kind, "config_class", None) == config and hasattr(kind, "_from_config")
+    )
+    values = dict(family.configuration(checkpoint.config, "config.json"))
+    tower = kind._from_config(config.from_dict(values), attn_implementation="eager", dtype=torch.float32)
     weights = {}
     for file in folder.glob("*.safetensors"):
-        weights |= {name.partition("visual.")[2]: w.float() for name, w in load_file(file).items() if "visual." in name}
+        for name, weight in load_file(file).items():
+            prefix = next((each for each in family.prefixes if name.startswith(each)), None)
+            if prefix is not None:
+                weights[name.removeprefix(prefix)] = weight.float()
+    for joint in [name for name in weights if "attn.qkv" in name and name not in tower.state_dict()]:
+        parts = weights.pop(joint).chunk(3)
+        weights |= {joint.replace("qkv", part): rows for part, rows in zip("qkv", parts, strict=True)}
     tower.load_state_dict(weights)
     return tower.eval().requires_grad_(False)
 
@@ -58,5 +78,7 @@ def reference(folder: Path, patches: NDArray[np.float32], grids: list[tuple[int,
     """What transformers' tower, loaded and run independently of this package's backends, makes of patches."""
     import torch
 
-    output = _reference_tower(folder)(torch.from_numpy(patches.copy()), torch.tensor(grids))
-    return output.pooler_output.numpy()
+    if Checkpoint(folder).architectures[0].startswith("Glm4v"):  # there, each frame of a video has its own row
+        grids = [(1, h, w) for t, h, w in grids for _ in range(t)]
+    output = _reference_tower(folder)(torch.from_numpy(patches.copy()), grid_thw=torch.tensor(grids), return_dict=True)
+    return torch.cat([output.pooler_output, *(getattr(output, "deepstack_features", None) or ())], dim=1).numpy()

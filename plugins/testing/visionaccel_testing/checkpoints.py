@@ -1,4 +1,4 @@
-"""Random Qwen2.5-VL checkpoints: vision towers of any size, with weights that keep activations in a sane range."""
+"""Random checkpoints of vision towers of any family and size, with weights that keep activations in a sane range."""
 
 from __future__ import annotations
 
@@ -48,6 +48,80 @@ TINY: Mapping[str, Any] = MappingProxyType(
 )
 """A tower that runs in milliseconds and has every trait of the released ones: windows of 64 patches, full attention."""
 
+_SMALL = {
+    "depth": 3,
+    "num_heads": 2,
+    "patch_size": 4,
+    "temporal_patch_size": 2,
+    "spatial_merge_size": 2,
+    "in_channels": 3,
+}
+_QWEN3 = {
+    **_SMALL,
+    "hidden_size": 32,
+    "intermediate_size": 44,
+    "out_hidden_size": 24,
+    "num_position_embeddings": 144,
+    "hidden_act": "gelu_pytorch_tanh",
+}
+_STACKED = {**_QWEN3, "deepstack_visual_indexes": [2, 0]}  # the levels' numbers are not in the order of their blocks
+
+TINY_TOWERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {
+        "qwen2_vl": {
+            **_SMALL,
+            "embed_dim": 32,
+            "mlp_ratio": 2,
+            "hidden_size": 24,
+            "hidden_act": "quick_gelu",
+        },
+        "qwen2_5_vl": TINY,
+        "qwen2_5_omni": TINY,
+        "qwen3_vl": _STACKED,
+        "qwen3_omni": {**_STACKED, "image_size": 48},
+        "qwen3_5": _QWEN3,
+        "glm4v": {
+            **_SMALL,
+            "hidden_size": 32,
+            "intermediate_size": 44,
+            "out_hidden_size": 24,
+            "image_size": 36,
+            "attention_bias": False,
+            "rms_norm_eps": 1e-5,
+            "hidden_act": "silu",
+        },
+        "dots_ocr": {
+            "embed_dim": 32,
+            "hidden_size": 24,
+            "intermediate_size": 44,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "num_channels": 3,
+            "patch_size": 4,
+            "temporal_patch_size": 1,
+            "spatial_merge_size": 2,
+            "use_bias": False,
+            "rms_norm_eps": 1e-5,
+            "post_norm": True,
+        },
+    }
+)
+"""For each family, the configuration of a tower that runs in milliseconds and has every trait of the released ones."""
+
+ARCHITECTURES: Mapping[str, str] = MappingProxyType(
+    {
+        "qwen2_vl": "Qwen2VLForConditionalGeneration",
+        "qwen2_5_vl": "Qwen2_5_VLForConditionalGeneration",
+        "qwen2_5_omni": "Qwen2_5OmniForConditionalGeneration",
+        "qwen3_vl": "Qwen3VLForConditionalGeneration",
+        "qwen3_omni": "Qwen3OmniMoeForConditionalGeneration",
+        "qwen3_5": "Qwen3_5ForConditionalGeneration",
+        "glm4v": "Glm4vForConditionalGeneration",
+        "dots_ocr": "DotsOCRForCausalLM",
+    }
+)
+"""An architecture of each family."""
+
 LIVELY: Mapping[str, float] = MappingProxyType(
     {
         "attn.qkv.weight": 1.4,
@@ -64,17 +138,26 @@ LIVELY: Mapping[str, float] = MappingProxyType(
 each block adds less to the residual stream than it already contains, and rounding has similar effects."""
 
 
-def tower_shapes(config: Mapping[str, Any]) -> Mapping[str, tuple[int, ...]]:
-    """Return the names (below the prefix) and shapes of the tensors of a tower with this `vision_config`."""
-    return family_named("qwen2_5_vl").described(_document(config), "config.json").shapes()
+def tower_shapes(config: Mapping[str, Any], family: str = "qwen2_5_vl") -> Mapping[str, tuple[int, ...]]:
+    """Return the stored names (below the prefix) and shapes of the tensors of a tower with this configuration."""
+    found = family_named(family)
+    shapes = found.described(document_of(config, family), "config.json").shapes()
+    return {found.stored_name(name): shape for name, shape in shapes.items()}
+
+
+def document_of(config: Mapping[str, Any], family: str = "qwen2_5_vl") -> dict[str, Any]:
+    """Return the `config.json` of a checkpoint of a tower alone."""
+    named = {"model_type": family, "architectures": [ARCHITECTURES[family]]}
+    return family_named(family).with_configuration(named, {"model_type": family, **config})
 
 
 def random_checkpoint(
     folder: Path,
-    config: Mapping[str, Any] = TINY,
+    config: Mapping[str, Any] | None = None,
     *,
+    family: str = "qwen2_5_vl",
     dtype: str = "float32",
-    prefix: str = "visual.",
+    prefix: str | None = None,
     shards: int = 1,
     seed: int = 0,
     scales: Mapping[str, float] = MappingProxyType({}),
@@ -83,18 +166,21 @@ def random_checkpoint(
 
     Args:
         folder: The folder to write to; made if it does not exist.
-        config: The tower's `vision_config`.
+        config: The tower's configuration; by default that of `TINY_TOWERS`.
+        family: The tower's family.
         dtype: `float32`, `float16` or `bfloat16`.
-        prefix: The prefix of the tensors' names.
+        prefix: The prefix of the tensors' names; by default the last of the family's.
         shards: Number of safetensors files; several have an index.
         seed: Seed of the weights.
         scales: Factors of tensors, by the ends of their names; 1 for all others.
     """
     from safetensors.numpy import save_file
 
-    _write_config(folder, config)
+    config = TINY_TOWERS[family] if config is None else config
+    prefix = family_named(family).prefixes[-1] if prefix is None else prefix
+    _write_config(folder, config, family)
     rng = np.random.default_rng(seed)
-    shapes = sorted(tower_shapes(config).items())
+    shapes = sorted(tower_shapes(config, family).items())
     weight_map: dict[str, str] = {}
     for shard in range(shards):
         file = "model.safetensors" if shards == 1 else f"model-{shard + 1:05}-of-{shards:05}.safetensors"
@@ -107,16 +193,17 @@ def random_checkpoint(
     return folder
 
 
-def hollow_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
+def hollow_checkpoint(folder: Path, config: Mapping[str, Any], family: str = "qwen2_5_vl") -> Path:
     """Write a float32 checkpoint whose weights are a hole in the file, and return its folder.
 
     The header is real, and the zeros take no disk space: for code that reads configuration and headers only.
     """
-    _write_config(folder, config)
+    _write_config(folder, config, family)
+    prefix = family_named(family).prefixes[-1]
     header, offset = {}, 0
-    for name, shape in tower_shapes(config).items():
+    for name, shape in tower_shapes(config, family).items():
         length = 4 * math.prod(shape)
-        header["visual." + name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + length]}
+        header[prefix + name] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + length]}
         offset += length
     text = json.dumps(header).encode()
     with (folder / "model.safetensors").open("wb") as file:
@@ -125,27 +212,21 @@ def hollow_checkpoint(folder: Path, config: Mapping[str, Any]) -> Path:
     return folder
 
 
-def _document(config: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "vision_config": {"model_type": "qwen2_5_vl", **config},
-    }
-
-
-def _write_config(folder: Path, config: Mapping[str, Any]) -> None:
+def _write_config(folder: Path, config: Mapping[str, Any], family: str) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(_document(config), indent=1))
+    (folder / "config.json").write_text(json.dumps(document_of(config, family), indent=1))
 
 
 def _draw(
     rng: np.random.Generator, name: str, shape: tuple[int, ...], scales: Mapping[str, float]
 ) -> NDArray[np.float32]:
     values = rng.standard_normal(shape, dtype=np.float32)
-    if "norm" in name or "ln_q" in name:
-        values = 1 + np.float32(0.15) * values
-    elif name.endswith("bias"):
+    if name.endswith("bias"):
         values *= np.float32(0.05)
+    elif "norm" in name or "ln_q" in name:
+        values = 1 + np.float32(0.15) * values
+    elif "pos" in name:
+        values *= np.float32(0.5)
     else:
         values *= np.float32(1 / math.sqrt(math.prod(shape[1:])))
     values *= np.float32(next((scale for end, scale in scales.items() if name.endswith(end)), 1))

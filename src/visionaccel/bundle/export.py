@@ -159,7 +159,7 @@ def _pack(tower: Tower, folder: Path, precision: Precision, total: int, tell: Pr
     """Write configuration, image processor and weights into the folder, and return the tower with these weights."""
     needed = sum(math.prod(tensor.shape) for tensor in tower.weights.values()) * DTYPES[precision].bytes
     require_space(folder.parent, needed, "the tower", "Free some space, or leave the weights in the checkpoint.")
-    named = {tower.weight_prefix + name: tensor for name, tensor in tower.weights.items()}
+    named = {tower.stored_name(name): tensor for name, tensor in tower.weights.items()}
     progress = counter("weights", total, tell)
     write_safetensors(folder / SINGLE_FILE, named, dtype=precision, metadata={"format": "pt"}, progress=progress)
     write_description(tower, folder)

@@ -198,14 +198,20 @@ class Family:
                 found[own] = part
         return plain_weights(found, spec)
 
+    def stored_name(self, name: str) -> str:
+        """Return the name, without the prefix, under which checkpoints store the spec's tensor of that name."""
+        module, _, leaf = name.rpartition(".")
+        template, number = _template(module)
+        stored = {own: theirs for theirs, own in self.names.items()}
+        return f"{stored.get(template, template).replace('{n}', number)}.{leaf}"
+
     def _forms(self, name: str, tensor: StoredTensor) -> Iterator[tuple[str, StoredTensor]]:
         """Return a stored tensor under the spec's name, or cut into the rows of several of the spec's tensors."""
         module, _, leaf = name.rpartition(".")
-        number = re.search(r"(?<=\.)\d+(?=\.)", module)
-        template = module if number is None else f"{module[: number.start()]}{{n}}{module[number.end() :]}"
+        template, number = _template(module)
 
         def named(own: str) -> str:
-            return f"{own.replace('{n}', number[0]) if number else own}.{leaf}"
+            return f"{own.replace('{n}', number)}.{leaf}"
 
         parts = self.fused.get(template, ())
         if parts and tensor.shape and tensor.shape[0] % len(parts) == 0:
@@ -214,6 +220,14 @@ class Family:
                 yield named(part), replace(tensor, offset=tensor.offset + place * length, length=length, shape=shape)
         else:
             yield named(self.names.get(module) or self.names.get(template, template)), tensor
+
+
+def _template(module: str) -> tuple[str, str]:
+    """Return a module's name with `{n}` for the first number within it, and that number."""
+    number = re.search(r"(?<=\.)\d+(?=\.)", module)
+    if number is None:
+        return module, ""
+    return f"{module[: number.start()]}{{n}}{module[number.end() :]}", number[0]
 
 
 def _whole(name: str, value: Any) -> int:

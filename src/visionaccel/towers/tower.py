@@ -68,10 +68,9 @@ class Tower:
         """This tower; bundles, the other source of programs, have a `tower` too."""
         return self
 
-    @property
-    def weight_prefix(self) -> str:
-        """Prefix of the names of weights in bundles that contain them."""
-        return self._family.prefixes[-1]
+    def stored_name(self, name: str) -> str:
+        """Return the full name under which bundles store the weight that has this name in the description."""
+        return self._family.prefixes[-1] + self._family.stored_name(name)
 
     @property
     def configuration(self) -> Mapping[str, Any]:

@@ -173,7 +173,7 @@ def _write_weights(tower: Tower, part: HostPart | None, weights: Mapping[str, St
                     f"{tower.checkpoint.folder} lacks {name}, and it was not found in the artifact either.",
                     hint="Pass the whole checkpoint.",
                 )
-        packed = {tower.weight_prefix + name: tensor for name, tensor in named.items()}
+        packed = {tower.stored_name(name): tensor for name, tensor in named.items()}
         write_safetensors(folder / SINGLE_FILE, packed, metadata={"format": "pt"})
 
 
