@@ -9,6 +9,7 @@ from bundles import write_bundle
 from visionaccel.cli.app import app
 from visionaccel.cli.output import print_table
 from visionaccel_bench.blocks import Table, print_blocks
+from visionaccel_bench.faultsuite.cells import FaultRow, every_cell, fault_table
 
 LONGEST_WORD = 24
 """Longer ones, such as digests and paths, break where the line ends."""
@@ -67,6 +68,31 @@ def test_words_of_a_measurement_are_whole_in_80_columns(monkeypatch, capsys):
     print_blocks([Table(columns, (row,), layout="numbers")])
     shown = capsys.readouterr().out
     assert set(" ".join((*columns, *row)).split()) <= set(shown.split())
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("passed", [True, False])
+def test_words_of_the_fault_suite_are_whole_in_80_columns(monkeypatch, capsys, passed):
+    monkeypatch.setenv("COLUMNS", "80")
+    said = {"expected": "answer", "answered": "right answer", "lost": 0, "recovery_seconds": 8.68, "passed": passed}
+    cells = every_cell()
+    rows = [
+        FaultRow(
+            fault=cell.fault,
+            moment=cell.moment,
+            mode=cell.serving.mode,
+            isolation=cell.serving.isolation,
+            fallback=cell.serving.fallback,
+            **said,
+        )
+        for cell in cells
+    ]
+    table = fault_table(rows, without=("expected", "wrong", "detail"))
+    print_blocks([table])
+    shown = capsys.readouterr().out
+    assert {word for cells in (table.columns, *table.rows) for cell in cells for word in cell.split()} <= set(
+        shown.split()
+    )
     assert max(map(len, shown.splitlines())) <= 80
 
 

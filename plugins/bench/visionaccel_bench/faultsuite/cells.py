@@ -156,7 +156,7 @@ _COLUMNS: dict[str, Callable[[FaultRow], str]] = {
     "answered": lambda row: row.answered,
     "lost": lambda row: str(row.lost),
     "wrong": lambda row: str(row.wrong),
-    "recovery, s": lambda row: DASH if row.recovery_seconds is None else f"{row.recovery_seconds:.2f}",
+    "back after, s": lambda row: DASH if row.recovery_seconds is None else f"{row.recovery_seconds:.2f}",
     "detail": lambda row: row.detail,
 }
 
