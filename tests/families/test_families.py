@@ -15,7 +15,7 @@ from visionaccel.core.program import CHECKPOINT, ONNX, ONNX_STANDARD
 from visionaccel.errors import CheckpointError, PluginError, UnsupportedArchitectureError
 from visionaccel.families import GROUP, Tower, family_named, registry, supported_architectures, tower_of
 from visionaccel.families.qwen2_5_vl import FAMILY
-from visionaccel.towers import VisionConfiguration
+from visionaccel.towers import Norm, VisionConfiguration
 
 OURS = "Qwen2_5_VLForConditionalGeneration"
 SAME = "from visionaccel.families.qwen2_5_vl import FAMILY"
@@ -75,6 +75,7 @@ def test_a_third_partys_family_makes_towers(site, tiny, tmp_path):
         ),
         ("from visionaccel.families import Family; FAMILY = Family('x', None, config=(1,))", "config of family 'x'"),
         ("from visionaccel.families import Family; FAMILY = Family('x', None, config=())", "config of family 'x'"),
+        ("from visionaccel.families import Family; FAMILY = Family('x', None, names={1: 'a'})", "TypeError"),
     ],
 )
 def test_a_broken_one_is_an_error_of_its_architecture_alone(site, tiny, source, said):
@@ -101,7 +102,6 @@ def _exits(config):
         ({"spec": lambda config: len(config.whole("depth"))}, "failed to describe the tower: TypeError"),
         ({"spec": lambda config: 2.0**10000}, "failed to describe the tower: OverflowError"),
         ({"spec": lambda config: None}, "returned a NoneType instead of a TowerSpec"),
-        ({"fused": {"blocks.{n}.mlp.gate_proj": (1, 2)}}, r"failed to map the name 'blocks\.0\.mlp.*: AttributeError"),
     ],
 )
 def test_what_a_familys_code_raises_is_its_fault_and_names_it(tiny, changed, said):
@@ -147,3 +147,48 @@ def test_an_unknown_architecture_and_an_unknown_name_say_what_is_supported(tiny)
         tower_of(checkpoint)
     with pytest.raises(UnsupportedArchitectureError, match="unknown tower family 'unknown'"):
         family_named("unknown")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"prefixes": ("visual",)}, "prefixes of family 'third': 'visual' must end with a dot"),
+        (
+            {"names": {"layers.{n}.mlp": "blocks.mlp"}},
+            r"names of family 'third': 'layers\.{n}\.mlp' and 'blocks\.mlp' must both contain {n} once",
+        ),
+        ({"names": {"layers.{i}.mlp": "blocks.{i}.mlp"}}, "or no braces"),
+        ({"names": {"layers.{n}.{n}": "blocks.{n}.{n}"}}, "names of family 'third'"),
+        ({"fused": {"blocks.{n}.gate_up": ("blocks.{n}.gate", "blocks.up")}}, "fused of family 'third'.*'blocks.up'"),
+    ],
+)
+def test_names_and_prefixes_that_match_nothing_are_refused_when_the_family_is_made(changed, said):
+    with pytest.raises(ValueError, match=said):
+        replace(FAMILY, name="third", **changed)
+
+
+def _with(**changed):
+    """A family whose description differs from Qwen2.5-VL's."""
+    return replace(FAMILY, name="third", spec=lambda config: replace(FAMILY.spec(config), **changed))
+
+
+@pytest.mark.parametrize(
+    ("family", "said"),
+    [
+        (
+            replace(FAMILY, name="third", prefixes=("vision.",)),
+            r"contains no vision weights: no tensor name starts with 'vision\.'; names start with 'visual\.blocks', ",
+        ),
+        (
+            _with(norm1=Norm("norm_1", "rms", 32)),
+            r"unknown weight 'visual\.blocks\.0\.norm1\.weight', while 'blocks\.0\.norm_1\.weight' and 2 more are",
+        ),
+        (
+            replace(FAMILY, name="third", names={"merger.ln_q": "merger.norm"}),
+            r"'visual\.merger\.ln_q\.weight', read as 'merger\.norm\.weight', while 'merger\.ln_q\.weight' is missing",
+        ),
+    ],
+)
+def test_a_weight_that_the_description_does_not_have_is_named_as_stored_and_as_read(tiny, family, said):
+    with pytest.raises(CheckpointError, match=said):
+        _ = Tower(family, Checkpoint(tiny)).weights

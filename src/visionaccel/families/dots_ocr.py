@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from visionaccel.families.parts import attention, merger, patch_embedding, require, sizes
+from visionaccel.families.parts import attention, merger, patch_embedding, sizes
 from visionaccel.towers import Family, Gated, Linear, Norm, TowerSpec, VisionConfiguration
 
 DEFAULTS = {
@@ -23,8 +23,8 @@ DEFAULTS = {
 
 
 def _spec(config: VisionConfiguration) -> TowerSpec:
-    require(config, "temporal_patch_size", 1)
-    require(config, "post_norm", True)
+    config.require("temporal_patch_size", 1)
+    config.require("post_norm", True)
     common = sizes(
         config, hidden="embed_dim", heads="num_attention_heads", depth="num_hidden_layers", channels="num_channels"
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from visionaccel.families.parts import attention, patch_embedding, require, sizes
+from visionaccel.families.parts import attention, patch_embedding, sizes
 from visionaccel.towers import (
     Activation,
     Family,
@@ -43,8 +43,8 @@ def _gated(prefix: str, width: int, inner: int) -> Gated:
 
 
 def _spec(config: VisionConfiguration) -> TowerSpec:
-    require(config, "hidden_act", "silu")
-    require(config, "attention_bias", False, ", because vLLM ignores the entry and transformers does not")
+    config.require("hidden_act", "silu")
+    config.require("attention_bias", False, why=", because vLLM ignores the entry and transformers does not")
     common = sizes(config)
     hidden, out, patch = common["hidden"], config.whole("out_hidden_size"), common["patch"]
     merge, epsilon = common["merge"], config.number("rms_norm_eps")

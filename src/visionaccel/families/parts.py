@@ -5,22 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from visionaccel.core.tower_spec import NormKind
-from visionaccel.errors import UnsupportedArchitectureError
 from visionaccel.towers import Activation, Linear, Merge, Norm, Step, VisionConfiguration
-
-
-def require(config: VisionConfiguration, name: str, value: Any, why: str = "") -> None:
-    """Refuse a configuration that has another value than the only one that is implemented.
-
-    Raises:
-        UnsupportedArchitectureError: If it has.
-    """
-    found = list(config[name]) if isinstance(config[name], tuple) else config[name]
-    if found != value:
-        raise UnsupportedArchitectureError(
-            f"{config.where}.{name} is {found!r}; only {value!r} is implemented{why}.",
-            hint="Pass a released checkpoint of this family or a finetune of one.",
-        )
 
 
 def sizes(

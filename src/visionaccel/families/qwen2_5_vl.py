@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from visionaccel.families.parts import attention, merger, patch_embedding, require, sizes
+from visionaccel.families.parts import attention, merger, patch_embedding, sizes
 from visionaccel.towers import Family, Gated, Linear, Norm, TowerSpec, VisionConfiguration
 
 DEFAULTS = {
@@ -23,7 +23,7 @@ DEFAULTS = {
 
 def described(config: VisionConfiguration) -> TowerSpec:
     """Return the description of a tower of this kind."""
-    require(config, "hidden_act", "silu")
+    config.require("hidden_act", "silu")
     common = sizes(config)
     token, side, depth = common["patch"] * common["merge"], config.whole("window_size"), common["depth"]
     hidden, inner, out = common["hidden"], config.whole("intermediate_size"), config.whole("out_hidden_size")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from visionaccel.families.parts import attention, merger, patch_embedding, require, sizes
+from visionaccel.families.parts import attention, merger, patch_embedding, sizes
 from visionaccel.towers import Activation, Family, Linear, Norm, TowerSpec, VisionConfiguration
 
 DEFAULTS = {
@@ -21,7 +21,7 @@ DEFAULTS = {
 
 
 def _spec(config: VisionConfiguration) -> TowerSpec:
-    require(config, "hidden_act", "quick_gelu", ", because vLLM ignores the entry and transformers does not")
+    config.require("hidden_act", "quick_gelu", why=", because vLLM ignores the entry and transformers does not")
     common = sizes(config, hidden="embed_dim")
     hidden, out = common["hidden"], config.whole("hidden_size")
     inner = hidden * config.whole("mlp_ratio")

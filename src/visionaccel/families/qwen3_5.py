@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from visionaccel.families.parts import require
 from visionaccel.families.qwen3_vl import DEFAULTS, described
 from visionaccel.towers import Family, TowerSpec, VisionConfiguration
 
 
 def _spec(config: VisionConfiguration) -> TowerSpec:
-    require(config, "deepstack_visual_indexes", [], ", because transformers' tower has no deepstack levels")
+    config.require("deepstack_visual_indexes", [], why=", because transformers' tower has no deepstack levels")
     return described(config)
 
 

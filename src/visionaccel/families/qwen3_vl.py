@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from types import MappingProxyType
 
-from visionaccel.families.parts import attention, merger, patch_embedding, require, sizes
+from visionaccel.families.parts import attention, merger, patch_embedding, sizes
 from visionaccel.towers import Activation, Family, Linear, Norm, Positions, TowerSpec, VisionConfiguration
 
 DEFAULTS = MappingProxyType(
@@ -34,7 +34,7 @@ def described(config: VisionConfiguration, names: tuple[str, str, str] = NAMES) 
 
     The norm of a deepstack level's merger acts on merged rows, that of the main merger on those of patches.
     """
-    require(config, "hidden_act", "gelu_pytorch_tanh")
+    config.require("hidden_act", "gelu_pytorch_tanh")
     common = sizes(config)
     hidden, out, inner = common["hidden"], config.whole("out_hidden_size"), config.whole("intermediate_size")
     entries = config.whole("num_position_embeddings")

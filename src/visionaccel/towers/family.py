@@ -16,7 +16,13 @@ from visionaccel.core.containment import contained
 from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.tower_spec import APART, JOINT, TowerSpec
-from visionaccel.errors import CheckpointError, PluginError, VisionAccelError
+from visionaccel.errors import CheckpointError, PluginError, UnsupportedArchitectureError, VisionAccelError
+
+_NAME = re.compile(r"[^{}]*(\{n\}[^{}]*)?")
+"""A module's name, in which `{n}` may be a number."""
+
+_SHOWN = 8
+"""Names that an error lists at most."""
 
 
 class _MissingValueError(KeyError):
@@ -26,8 +32,8 @@ class _MissingValueError(KeyError):
 class VisionConfiguration:
     """The part of a `config.json` that describes a tower, completed with the family's defaults.
 
-    Its methods raise KeyError if a value is missing and ValueError if it has the wrong type. A family does not catch
-    these: they are reported as an error of the checkpoint, with the value's name.
+    Its methods raise KeyError if a value is missing and ValueError if it has the wrong type, unless they say otherwise.
+    A family does not catch these: they are reported as an error of the checkpoint, with the value's name.
 
     Attributes:
         where: The name of this configuration in errors: the file and the keys in it.
@@ -66,6 +72,20 @@ class VisionConfiguration:
             raise ValueError(f"{name} has {value!r} where true or false is expected")
         return value
 
+    def require(self, name: str, *known: Any, why: str = "") -> Any:
+        """Return a value that must be one of those that are implemented.
+
+        Raises:
+            UnsupportedArchitectureError: If it is another.
+        """
+        found = list(self[name]) if isinstance(self[name], tuple) else self[name]
+        if found not in known:
+            raise UnsupportedArchitectureError(
+                f"{self.where}.{name} is {found!r}; only {' or '.join(map(repr, known))} is implemented{why}.",
+                hint="Pass a released checkpoint of this family or a finetune of one.",
+            )
+        return found
+
     @property
     def rotary_base(self) -> float:
         """Base of the rotary frequencies, from either of the two places where transformers writes it."""
@@ -91,11 +111,13 @@ class Family:
         defaults: Values that configurations may leave out.
         prefixes: Prefixes of the names of the tower's tensors, in the order in which they are tried. Bundles that hold
             weights use the last.
-        names: Modules with another name in some checkpoints: maps that name to the spec's. `{n}` is a number.
+        names: Modules with another name in some checkpoints: maps that name to the spec's. `{n}` is the first number in
+            a name, as in `layers.{n}.mlp`.
         fused: Modules whose rows are concatenated in checkpoints: maps the stored name to the spec's names in order.
 
     Raises:
-        TypeError: If `config` or `prefixes` is not a tuple of non-empty strings.
+        TypeError: If `config` or `prefixes` is not a tuple of non-empty strings, or a module's name is not a string.
+        ValueError: If a prefix does not end with a dot, or `{n}` is in only one of two names of a module.
     """
 
     name: str
@@ -112,6 +134,16 @@ class Family:
             fits = isinstance(texts, tuple) and all(isinstance(each, str) and each for each in texts)
             if not fits or not texts:
                 raise TypeError(f"{what} of family {self.name!r} must be a tuple of non-empty strings, not {texts!r}")
+        for prefix in self.prefixes:
+            if not prefix.endswith("."):
+                raise ValueError(f"prefixes of family {self.name!r}: {prefix!r} must end with a dot")
+        pairs = [("names", *pair) for pair in self.names.items()]
+        pairs += [("fused", stored, own) for stored, parts in self.fused.items() for own in parts]
+        for what, stored, own in pairs:
+            if not _NAME.fullmatch(stored) or not _NAME.fullmatch(own) or ("{n}" in stored) != ("{n}" in own):
+                raise ValueError(
+                    f"{what} of family {self.name!r}: {stored!r} and {own!r} must both contain {{n}} once, or no braces"
+                )
 
     def configuration(self, config: Mapping[str, Any], where: str) -> Mapping[str, Any]:
         """Return the vision configuration within a `config.json`.
@@ -177,10 +209,12 @@ class Family:
         """
         stored = checkpoint.with_prefix(self.prefixes)
         if not stored:
+            starts = sorted({".".join(name.split(".")[:2]) for name in checkpoint.tensors})
             raise CheckpointError(
-                f"{checkpoint.folder} contains no vision weights (no tensor name starts with "
-                f"{' or '.join(map(repr, self.prefixes))}).",
-                hint="The checkpoint was stripped; set VISIONACCEL_BUNDLE to a folder that has the vision weights.",
+                f"{checkpoint.folder} contains no vision weights: no tensor name starts with "
+                f"{' or '.join(map(repr, self.prefixes))}; names start with "
+                f"{', '.join(map(repr, starts[:_SHOWN])) or 'nothing'}.",
+                hint="If the checkpoint was stripped, set VISIONACCEL_BUNDLE to a folder that has the vision weights.",
             )
         found: dict[str, StoredTensor] = {}
         for name, tensor in stored.items():
@@ -276,7 +310,7 @@ def plain_weights(tensors: Mapping[str, StoredTensor], spec: TowerSpec) -> dict[
             tensor = replace(tensor, shape=wanted)  # a convolution over one frame, stored without its axis of time
         if tensor.shape != wanted:
             misfit = (
-                f"unknown weight {tensor.name!r}"
+                f"unknown weight {tensor.name!r}{_instead(tensor.name, name, tensors, spec)}"
                 if wanted is None
                 else f"{tensor.name!r} is {given}, but the configuration requires {list(wanted)}"
             )
@@ -290,10 +324,25 @@ def plain_weights(tensors: Mapping[str, StoredTensor], spec: TowerSpec) -> dict[
 
 def has_every_weight(spec: TowerSpec, names: Collection[str]) -> bool:
     """Return whether weights of these names are all that a tower needs."""
-    return all(
-        name in names or (JOINT in name and all(name.replace(JOINT, part) in names for part in APART))
+    return not _missing(spec, names)
+
+
+def _missing(spec: TowerSpec, names: Collection[str]) -> list[str]:
+    """Return the names of the weights that a tower needs and that are not among `names`."""
+    return [
+        name
         for name in spec.shapes()
-    )
+        if name not in names and not (JOINT in name and all(name.replace(JOINT, part) in names for part in APART))
+    ]
+
+
+def _instead(stored: str, name: str, names: Collection[str], spec: TowerSpec) -> str:
+    """Describe how an unknown weight's name was read, and which weights are missing: one of them may be meant."""
+    read = "" if stored.endswith(name) else f", read as {name!r}"
+    missing = _missing(spec, names)
+    if not missing:
+        return read
+    return f"{read}, while {missing[0]!r}{f' and {len(missing) - 1} more are' if missing[1:] else ' is'} missing"
 
 
 def _format(tensor: StoredTensor) -> str:
