@@ -1,15 +1,19 @@
-"""The digits model: small, honest about its split, and with the traits that make a wrong grid cost accuracy."""
+"""The digits models: small, honest about their split, and with the traits that make a wrong grid cost accuracy."""
 
 import json
 
 import numpy as np
+import pytest
 
+from digits_vlm import checkpoint_path
 from digits_vlm.samples import _pool, digits_video, held_out_images
 from visionaccel import open_encoder
 from visionaccel.core.grid import as_grids
 from visionaccel.encoder import open_tower
 from visionaccel.towers import window_order
 from visionaccel.validation import REFERENCE_OPTIONS
+
+each_family = pytest.mark.parametrize("family", ["qwen2_5_vl"])
 
 
 def test_no_handwritten_sample_is_in_both_pools():
@@ -34,14 +38,21 @@ def test_videos_drift_but_keep_their_digits():
     assert not np.array_equal(clip.frames[0], clip.frames[-1])
 
 
-def test_the_checkpoint_is_small_and_its_score_recorded(digits):
-    assert sum(file.stat().st_size for file in digits.iterdir()) < 8 * 2**20
-    score = json.loads((digits / "score.json").read_text())
+@each_family
+def test_a_checkpoint_is_small_and_its_score_recorded(family):
+    folder = checkpoint_path(family)
+    assert sum(file.stat().st_size for file in folder.iterdir()) <= 6_000_000
+    score = json.loads((folder / "score.json").read_text())
     assert score["held_out_images"] == 300
     assert score["exact_match_transformers"] >= 0.95
 
 
-def test_the_tower_has_every_structural_trait(digits):
+def test_an_unknown_family_is_refused_with_those_that_are_included():
+    with pytest.raises(ValueError, match="no digits reader of family 'qwen9_vl' is included; use one of qwen2_5_vl"):
+        checkpoint_path("qwen9_vl")
+
+
+def test_qwen2_5_vl_has_whole_and_partial_windows_between_full_attention(digits):
     spec = open_tower(digits).spec
     assert 0 < len(spec.full_blocks) < spec.depth
     assert spec.merged == 4
@@ -51,13 +62,15 @@ def test_the_tower_has_every_structural_trait(digits):
     assert len(set(lengths.tolist())) > 1, "partial windows"
 
 
-def test_both_backends_agree_on_real_images(digits):
+@each_family
+def test_both_backends_agree_on_real_images(family):
     from transformers import AutoImageProcessor
 
-    processor = AutoImageProcessor.from_pretrained(digits, backend="pil")
+    folder = checkpoint_path(family)
+    processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
     inputs = processor([sample.image for sample in held_out_images(12)], return_tensors="np")
     patches, grids = np.asarray(inputs["pixel_values"], np.float32), inputs["image_grid_thw"]
-    reference = open_encoder(digits, backend="torch_ref", options=REFERENCE_OPTIONS)
-    with open_encoder(digits, backend="onnxrt") as ours, reference as exact:
+    reference = open_encoder(folder, backend="torch_ref", options=REFERENCE_OPTIONS)
+    with open_encoder(folder, backend="onnxrt") as ours, reference as exact:
         expected = exact.encode(patches, grids)
         np.testing.assert_allclose(ours.encode(patches, grids), expected, rtol=0, atol=1e-5 * np.abs(expected).max())

@@ -1,4 +1,4 @@
-"""Trains the digits reader: `python -m digits_vlm.train --out FOLDER`.
+"""Trains a digits reader: `python -m digits_vlm.train --family qwen3_vl --out FOLDER`.
 
 The curriculum goes from one digit per image to four, then adds pairs of images in one prompt and short videos. Batches
 are made by the processor that later serves the model, so the model learns from the same inputs that vLLM gives it.
@@ -14,27 +14,37 @@ import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch.utils.data import DataLoader, IterableDataset
-from transformers import Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
-from digits_vlm.architecture import QUESTION, build_model, build_processor, build_tokenizer
+from digits_vlm.architecture import ARCHITECTURES, QUESTION, build_model, build_processor, build_tokenizer
 from digits_vlm.samples import Split, digits_image, digits_video, held_out_images, random_size
 
 ANSWER_END = "<|im_end|>"
 PAIRS_FROM, PAIRS_SHARE, VIDEOS_SHARE = 4, 0.10, 0.08
+LARGEST = {1: 112, 2: 168, 3: 224, 4: 252}
+"""Longest side of a canvas in pixels by the number of digits: the first images are small, and their steps short."""
+FRAME_RATES = (1, 2, 4, 8, 24)
+"""Frames per second of the videos; Qwen3-VL's prompts contain timestamps."""
+CHECK_EVERY, SAVE_EVERY = 100, 500
+"""Steps between looks at the score, and between snapshots of the weights in the output folder."""
 
 
-def _prompt(processor: Qwen2_5_VLProcessor, images: int, videos: int) -> str:
+def _prompt(processor: ProcessorMixin, images: int, videos: int) -> str:
     parts = [{"type": "image"}] * images + [{"type": "video"}] * videos + [{"type": "text", "text": QUESTION}]
     messages = [{"role": "user", "content": parts}]
     return str(processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False))
 
 
+def _timing(frames: int, rate: float) -> dict[str, Any]:
+    """Describe a clip of `frames` frames, `rate` of them per second."""
+    return {"fps": rate, "total_num_frames": frames, "frames_indices": list(range(frames)), "duration": frames / rate}
+
+
 def make_batch(
-    processor: Qwen2_5_VLProcessor, rng: np.random.Generator, split: Split, batch: int, most: int
+    processor: ProcessorMixin, rng: np.random.Generator, split: Split, batch: int, most: int
 ) -> dict[str, Any]:
     """Make a batch: the processor's tensors and `labels`, which are -100 everywhere except on the answer."""
-    texts, images, videos = [], [], []
+    texts, images, videos, timings = [], [], [], []
     for _ in range(batch):
         kind = rng.uniform() if most >= PAIRS_FROM else 1.0
         if kind < PAIRS_SHARE:
@@ -44,16 +54,18 @@ def make_batch(
         elif kind < PAIRS_SHARE + VIDEOS_SHARE:
             clip = digits_video(rng, split)
             videos.append(clip.frames)
+            timings.append(_timing(len(clip.frames), float(rng.choice(FRAME_RATES))))
             texts.append((_prompt(processor, 0, 1), clip.truth))
         else:
-            sample = digits_image(rng, split, random_size(rng, 392 if rng.uniform() < 0.12 else 252), most)
+            largest = 392 if most >= PAIRS_FROM and rng.uniform() < 0.12 else LARGEST[most]
+            sample = digits_image(rng, split, random_size(rng, largest), most)
             images.append(sample.image)
             texts.append((_prompt(processor, 1, 0), sample.truth))
     inputs = processor(
         text=[question + answer + ANSWER_END for question, answer in texts],
         images=images or None,
         videos=videos or None,
-        videos_kwargs={"do_sample_frames": False, "cap_pixels_per_frame": False},
+        videos_kwargs={"do_sample_frames": False, "cap_pixels_per_frame": False, "video_metadata": timings or None},
         padding=True,
         padding_side="right",
         return_tensors="pt",
@@ -70,7 +82,7 @@ def make_batch(
 class _Batches(IterableDataset[dict[str, Any]]):
     """Endless training batches; `most` is in shared memory, so that the worker process follows the curriculum."""
 
-    def __init__(self, processor: Qwen2_5_VLProcessor, seed: int, batch: int, most: torch.Tensor) -> None:
+    def __init__(self, processor: ProcessorMixin, seed: int, batch: int, most: torch.Tensor) -> None:
         self.processor, self.seed, self.batch, self.most = processor, seed, batch, most
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
@@ -81,7 +93,7 @@ class _Batches(IterableDataset[dict[str, Any]]):
 
 
 @torch.no_grad()
-def teacher_forced(model: Qwen2_5_VLForConditionalGeneration, batches: list[dict[str, Any]]) -> float:
+def teacher_forced(model: PreTrainedModel, batches: list[dict[str, Any]]) -> float:
     """Return the share of answers in which every token is the most likely one after the true tokens before it."""
     model.eval()
     right = total = 0
@@ -95,9 +107,7 @@ def teacher_forced(model: Qwen2_5_VLForConditionalGeneration, batches: list[dict
 
 
 @torch.no_grad()
-def greedy_exact_match(
-    model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcessor, count: int
-) -> tuple[int, int]:
+def greedy_exact_match(model: PreTrainedModel, processor: ProcessorMixin, count: int) -> tuple[int, int]:
     """Return how many held-out images transformers reads exactly by greedy decoding, and how many were tried."""
     model.eval()
     right = 0
@@ -108,19 +118,33 @@ def greedy_exact_match(
     return right, count
 
 
+def warm_start(model: PreTrainedModel, checkpoint: Path) -> int:
+    """Copy the weights of a trained reader that have the same name and shape in `model`; return how many there are."""
+    trained = AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()
+    common = {n: trained[n] for n, w in model.state_dict().items() if n in trained and trained[n].shape == w.shape}
+    model.load_state_dict(common, strict=False)
+    return len(common)
+
+
 def main(
     out: Annotated[Path, typer.Option(help="Folder for the checkpoint.")],
+    family: Annotated[str, typer.Option(help=f"One of {', '.join(ARCHITECTURES)}.")] = "qwen2_5_vl",
+    start: Annotated[
+        Path | None, typer.Option(help="Trained checkpoint of any family, to copy the weights from that fit.")
+    ] = None,
     steps: Annotated[int, typer.Option(help="Optimiser steps.")] = 12000,
     batch: Annotated[int, typer.Option(help="Prompts per step.")] = 16,
+    rate: Annotated[float, typer.Option(help="Highest learning rate.")] = 1.5e-3,
     seed: Annotated[int, typer.Option(help="Seed of weights and data.")] = 0,
 ) -> None:
     """Train the digits reader and save the checkpoint with its held-out score."""
     tokenizer = build_tokenizer()
-    processor = build_processor(tokenizer)
-    model = build_model(tokenizer, seed)
+    processor = build_processor(tokenizer, family)
+    model = build_model(tokenizer, family, seed)
+    copied = warm_start(model, start) if start else 0
     model.train()
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01, betas=(0.9, 0.98))
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1.5e-3, total_steps=steps, pct_start=0.05)
+    optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.05)
     most = torch.ones((), dtype=torch.int64).share_memory_()
     batches = iter(DataLoader(_Batches(processor, seed + 1, batch, most), batch_size=None, num_workers=1))
     rng = np.random.default_rng(seed + 2)
@@ -136,24 +160,30 @@ def main(
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimiser.step()
             schedule.step()
-            if step % 200 == 0 or step == steps:
+            if step % CHECK_EVERY == 0 or step == steps:
                 digits = int(most)
                 score = teacher_forced(model, watched[digits])
                 log.append({"step": step, "digits": digits, "loss": loss.item(), "teacher_forced": score})
                 progress.console.print(log[-1])
                 if score > 0.6 and digits < 4:
                     most += 1
+            if step % SAVE_EVERY == 0:
+                model.save_pretrained(out / f"step-{step}")
             progress.update(task, completed=step, description=f"up to {int(most)} digits, loss {loss.item():.3f}")
         model.save_pretrained(out)
         processor.save_pretrained(out)
         progress.update(task, description="scoring on held-out images")
         right, asked = greedy_exact_match(model, processor, 300)
     score = {
+        "family": family,
         "held_out_images": asked,
         "exact_match_transformers": right / asked,
         "seed": seed,
         "steps": steps,
         "batch": batch,
+        "rate": rate,
+        "start": start.name if start else None,
+        "copied_tensors": copied,
         "torch": torch.__version__,
         "training_log": log,
     }
