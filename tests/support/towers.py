@@ -40,36 +40,38 @@ def _reference_tower(folder: Path) -> torch.nn.Module:
     return _loaded_tower(folder, tuple(file.stat().st_mtime_ns for file in sorted(folder.glob("*.safetensors"))))
 
 
+def transformers_tower(architecture: str, path: tuple[str, ...] = ("vision_config",)) -> Any:
+    """transformers' class of the vision tower in models of an architecture; `path` leads to its configuration."""
+    import transformers
+
+    model = getattr(transformers, architecture)
+    config = model.config_class
+    for key in path:
+        config = config.sub_configs[key]
+    return next(
+        kind
+        for kind in vars(sys.modules[model.__module__]).values()
+        if isinstance(kind, type) and getattr(kind, "config_class", None) == config and hasattr(kind, "_from_config")
+    )
+
+
 @cache
 def _loaded_tower(folder: Path, written: tuple[int, ...]) -> torch.nn.Module:
     import torch
-    import transformers
     from safetensors.torch import load_file
 
     checkpoint = Checkpoint(folder)
     family = family_of(checkpoint)
     (architecture,) = checkpoint.architectures
-    model = getattr(transformers, architecture)
-    config: Any = model.config_class
-    for key in family.config:
-        config = config.sub_configs[key]
-    module = sys.modules[model.__module__]
-    kind = next(
-        kind
-        for kind in vars(module).values()
-        if isinstance(kind, type) and getattr(kind, "config_class", None) == config and hasattr(kind, "_from_config")
-    )
-    values = dict(family.configuration(checkpoint.config, "config.json"))
-    tower = kind._from_config(config.from_dict(values), attn_implementation="eager", dtype=torch.float32)
+    kind = transformers_tower(architecture, family.config)
+    config = kind.config_class.from_dict(dict(family.configuration(checkpoint.config, "config.json")))
+    tower = kind._from_config(config, attn_implementation="eager", dtype=torch.float32)
     weights = {}
     for file in folder.glob("*.safetensors"):
         for name, weight in load_file(file).items():
             prefix = next((each for each in family.prefixes if name.startswith(each)), None)
             if prefix is not None:
                 weights[name.removeprefix(prefix)] = weight.float()
-    for joint in [name for name in weights if "attn.qkv" in name and name not in tower.state_dict()]:
-        parts = weights.pop(joint).chunk(3)
-        weights |= {joint.replace("qkv", part): rows for part, rows in zip("qkv", parts, strict=True)}
     tower.load_state_dict(weights)
     return tower.eval().requires_grad_(False)
 

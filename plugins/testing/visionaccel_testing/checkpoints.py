@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from visionaccel.core.dtypes import FLOATS
+from visionaccel.core.tower_spec import APART, JOINT
 from visionaccel.families import family_named
 
 QWEN2_5_VL_7B: Mapping[str, Any] = MappingProxyType(
@@ -122,6 +123,9 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
 )
 """An architecture of each family."""
 
+_STORED_APART = frozenset({"qwen2_5_omni"})
+"""Families whose checkpoints store queries, keys and values as separate weights."""
+
 LIVELY: Mapping[str, float] = MappingProxyType(
     {
         "attn.qkv.weight": 1.4,
@@ -141,8 +145,12 @@ each block adds less to the residual stream than it already contains, and roundi
 def tower_shapes(config: Mapping[str, Any], family: str = "qwen2_5_vl") -> Mapping[str, tuple[int, ...]]:
     """Return the stored names (below the prefix) and shapes of the tensors of a tower with this configuration."""
     found = family_named(family)
-    shapes = found.described(document_of(config, family), "config.json").shapes()
-    return {found.stored_name(name): shape for name, shape in shapes.items()}
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, (rows, *columns) in found.described(document_of(config, family), "config.json").shapes().items():
+        apart = JOINT in name and family in _STORED_APART
+        names = [name.replace(JOINT, part) for part in APART] if apart else [name]
+        shapes |= {found.stored_name(each): (rows // len(names), *columns) for each in names}
+    return shapes
 
 
 def document_of(config: Mapping[str, Any], family: str = "qwen2_5_vl") -> dict[str, Any]:

@@ -5,8 +5,8 @@ description with this package or the core, so that it cannot have the same fault
 """
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -60,26 +60,35 @@ class TransformersTower:
             patches: [P, patch_width], of the tower's dtype and on its device.
             grids: The grids of the call.
         """
-        triples = torch.tensor([grid.thw for grid in grids]).to(patches.device)
+        # One row for each frame: some towers accept videos only in this form, and frames are independent in all.
+        triples = torch.tensor([grid.frame.thw for grid in grids for _ in range(grid.t)]).to(patches.device)
         found = self._tower(patches, grid_thw=triples, return_dict=True)
         return torch.cat([found.pooler_output, *(getattr(found, "deepstack_features", None) or ())], dim=1)
 
 
 def _tower_class(program: Program) -> tuple[Any, Any]:
-    """Return transformers' class of the tower, and the checkpoint's configuration for it."""
+    """Return transformers' class of the tower, and the checkpoint's configuration for it.
+
+    Some released checkpoints name an architecture that transformers does not have, but a `model_type` that it has.
+    """
     document = program.configuration or {}
     named = [str(name) for name in document.get("architectures") or ()]
-    for model in (getattr(transformers, name, None) for name in named):
-        whole = getattr(model, "config_class", None)
-        if model is None or whole is None:
-            continue
+    configs = [getattr(getattr(transformers, name, None), "config_class", None) for name in named]
+    for whole in (*configs, _known_config(document)):
         config, stated = _innermost(whole, document)
         if config is None:
             continue
-        for kind in (*vars(sys.modules[model.__module__]).values(), transformers.MODEL_MAPPING.get(config, None)):
+        models = import_module(config.__module__.replace(".configuration_", ".modeling_"))
+        for kind in vars(models).values():
             if isinstance(kind, type) and getattr(kind, "config_class", None) == config:
                 return kind, config.from_dict(dict(stated))
     raise _unsupported(f"has no vision tower for {', '.join(named) or 'no architecture'}")
+
+
+def _known_config(document: Mapping[str, Any]) -> Any:
+    """Return transformers' class of a configuration by its `model_type`; None if it has none."""
+    kind, known = str(document.get("model_type")), transformers.CONFIG_MAPPING
+    return known[kind] if kind in known else None  # noqa: SIM401 - its `get` does not load classes
 
 
 def _unsupported(what: str) -> UnsupportedArchitectureError:
@@ -97,11 +106,7 @@ def _innermost(config: Any, stated: Mapping[str, Any]) -> tuple[Any, Mapping[str
     if config is None or len(below) != 1 or not isinstance(stated[below[0]], Mapping):
         return config, stated
     part, within = config.sub_configs.get(below[0]), stated[below[0]]
-    if part is transformers.AutoConfig:
-        kind = str(within.get("model_type"))
-        known = transformers.CONFIG_MAPPING
-        part = known[kind] if kind in known else None  # noqa: SIM401 - its `get` does not load classes
-    return _innermost(part, within)
+    return _innermost(_known_config(within) if part is transformers.AutoConfig else part, within)
 
 
 def _own_names(

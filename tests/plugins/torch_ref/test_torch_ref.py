@@ -10,9 +10,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
-from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
+from safetensors.numpy import load_file, save_file
 
-from described import CASES, FAMILIES, described_reference, described_tower
 from strategies import grid_lists
 from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
@@ -29,9 +28,10 @@ from visionaccel.errors import (
     SettingsError,
     UnsupportedArchitectureError,
 )
-from visionaccel.families.qwen2_5_vl import DEFAULTS, FAMILY
+from visionaccel.families import family_named
+from visionaccel.families.qwen2_5_vl import FAMILY
 from visionaccel.towers import Norm, Tower, make_tables, tower_tables
-from visionaccel_testing.checkpoints import TINY, random_checkpoint
+from visionaccel_testing.checkpoints import TINY, TINY_TOWERS, random_checkpoint
 from visionaccel_torch_ref import linear
 from visionaccel_torch_ref.backend import TorchReferenceBackend, TorchReferenceOptions
 from visionaccel_torch_ref.layout import Layouts
@@ -247,12 +247,6 @@ def test_layouts_are_made_once_for_a_list_of_grids_and_windows_of_a_size_are_one
 # Opening
 
 
-def test_defaults_are_those_of_transformers():
-    theirs = Qwen2_5_VLVisionConfig()
-    for name, value in DEFAULTS.items():
-        assert list(value) == list(getattr(theirs, name)) if isinstance(value, list) else value == getattr(theirs, name)
-
-
 @pytest.mark.parametrize("implementation", ["fast", "transformers"])
 @pytest.mark.parametrize(
     ("changed", "said"),
@@ -302,61 +296,51 @@ def test_the_fast_tower_imports_no_transformers(tiny):
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_the_reference_is_transformers_tower_of_any_family(name, tmp_path):
-    tower, theirs = described_tower(name, tmp_path)
-    grids = [(1, 12, 10), (1, 4, 4)]
-    patches = np.random.default_rng(0).standard_normal((136, tower.patch_width), np.float32)
-    with open_encoder(tower, backend="torch_ref", options={"implementation": "transformers"}) as encoder:
-        ours = encoder.encode(patches, grids)
-    np.testing.assert_allclose(ours, described_reference(name, theirs, patches, grids), rtol=0, atol=2e-5)
+def glm4v(folder, vision=None, place="vision_config", **document):
+    """A tower of GLM-4.6V, or of a model with another vision configuration and document."""
+    checkpoint = Checkpoint(random_checkpoint(folder, family="glm4v"))
+    vision = {**TINY_TOWERS["glm4v"], "model_type": "glm4v_vision", **(vision or {})}
+    checkpoint.config = {"architectures": ["Glm46VForConditionalGeneration"], **document, place: vision}
+    return Tower(replace(family_named("glm4v"), config=(place,)), checkpoint)
 
 
 def test_the_reference_finds_a_tower_that_the_model_names_by_its_type_only(tmp_path):
     """GLM-4.6V states no class for its vision configuration: the configuration's `model_type` does."""
-    tower, theirs = described_tower("glm4v", tmp_path)
-    tower.checkpoint.config |= {"architectures": ["Glm46VForConditionalGeneration"]}
-    patches = np.random.default_rng(0).standard_normal((16, tower.patch_width), np.float32)
-    with opened(tower, implementation="transformers") as encoder:
+    patches = random_patches([(1, 4, 4)], TINY_TOWERS["glm4v"])
+    with opened(glm4v(tmp_path), implementation="transformers") as encoder:
         ours = encoder.encode(patches, [(1, 4, 4)])
-    exact = described_reference("glm4v", theirs, patches, [(1, 4, 4)])
+    random_checkpoint(tmp_path / "same", family="glm4v")
+    exact = reference(tmp_path / "same", patches, [(1, 4, 4)])
     np.testing.assert_allclose(ours, exact, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize(("kind", "place"), [(None, "vision_config"), ("new", "vision_config"), ("glm4v_vision", "v")])
-def test_a_tower_that_transformers_does_not_find_has_no_reference(tmp_path, kind, place):
-    tower, _ = described_tower("glm4v", tmp_path)
-    vision = {**tower.configuration, "model_type": kind}
-    tower.checkpoint.config = {"architectures": ["Glm46VForConditionalGeneration"], place: vision}
-    family = replace(FAMILIES["glm4v"], config=(place,))
+def test_the_reference_finds_a_model_that_is_known_by_its_type_only(tmp_path):
+    """Released checkpoints of Qwen2.5-Omni name an architecture that transformers does not have."""
+    folder = random_checkpoint(tmp_path, family="qwen2_5_omni")
+    checkpoint, patches = Checkpoint(folder), random_patches(EVERY_TRAIT)
+    exact = reference(folder, patches, EVERY_TRAIT)
+    checkpoint.config = {**checkpoint.config, "architectures": ["Qwen2_5OmniModel"]}
+    with opened(Tower(family_named("qwen2_5_omni"), checkpoint), implementation="transformers") as encoder:
+        assert relative_error(encoder.encode(patches, EVERY_TRAIT), exact) < 3e-6
+
+
+@pytest.mark.parametrize(
+    ("vision", "place"),
+    [({"model_type": None}, "vision_config"), ({"model_type": "new"}, "vision_config"), ({}, "v")],
+)
+def test_a_tower_that_transformers_does_not_find_has_no_reference(tmp_path, vision, place):
     with pytest.raises(UnsupportedArchitectureError, match="no vision tower for Glm46VForConditionalGeneration"):
-        opened(Tower(family, tower.checkpoint), implementation="transformers")
+        opened(glm4v(tmp_path, vision, place), implementation="transformers")
 
 
-def packed(family, checkpoint, folder, monkeypatch):
-    """The tower of a bundle that holds its weights, of a family that is not installed."""
+def test_a_bundle_holds_the_weights_under_a_prefix_of_its_family(tiny, tmp_path, monkeypatch):
+    family = replace(FAMILY, prefixes=(*FAMILY.prefixes, "eye."))
     for module in ("bundle", "export"):
         monkeypatch.setattr(f"visionaccel.bundle.{module}.tower_of", partial(Tower, family))
     requests = [ProgramRequest(FixedGrid(Grid(1, 4, 4)))]
-    export_bundle(Tower(family, checkpoint), folder / "bundle", requests, self_contained=True)
-    return open_bundle(folder / "bundle").tower
-
-
-@pytest.mark.parametrize("name", ["qwen2_vl", "glm4v"])
-def test_the_reference_reads_the_weights_that_a_bundle_holds(name, tmp_path, monkeypatch):
-    tower, theirs = described_tower(name, tmp_path)
-    patches = np.random.default_rng(0).standard_normal((16, tower.patch_width), np.float32)
-    held = packed(FAMILIES[name], tower.checkpoint, tmp_path, monkeypatch)
-    with opened(held, implementation="transformers") as encoder:
-        ours = encoder.encode(patches, [(1, 4, 4)])
-    np.testing.assert_allclose(ours, described_reference(name, theirs, patches, [(1, 4, 4)]), rtol=0, atol=2e-5)
-
-
-def test_a_bundle_holds_the_weights_under_a_prefix_of_its_family(tmp_path, monkeypatch):
-    tower, _ = described_tower("qwen2_vl", tmp_path)
-    family = FAMILIES["qwen2_vl"]
-    prefixes = tuple(dict.fromkeys((*family.prefixes, "eye.")))
-    held = packed(replace(family, prefixes=prefixes), tower.checkpoint, tmp_path, monkeypatch)
+    tower = Tower(family, Checkpoint(tiny))
+    export_bundle(tower, tmp_path / "bundle", requests, self_contained=True)
+    held = open_bundle(tmp_path / "bundle").tower
     assert all(tensor.name.startswith("eye.") for tensor in held.weights.values())
     assert held.weights.keys() == tower.weights.keys()
 
@@ -365,23 +349,16 @@ def test_a_bundle_holds_the_weights_under_a_prefix_of_its_family(tmp_path, monke
     ("place", "said"),
     [("", "uses other names for the weights of the tower"), ("merger.", "two whose names end with it")],
 )
-def test_weights_that_a_bundle_holds_under_names_that_transformers_does_not_know_have_no_reference(
-    place, said, tmp_path, monkeypatch
-):
-    tower, _ = described_tower("qwen3_vl", tmp_path)
-    family = FAMILIES["qwen3_vl"]
-
-    def renamed(config):
-        spec = family.spec(config)
-        steps = (
-            replace(step, name=place + step.name) if hasattr(step, "name") else step for step in spec.deepstack_merger
-        )
-        return replace(spec, deepstack_merger=tuple(steps))
-
-    names = {stored: own.replace("{n}.", f"{{n}}.{place}") for stored, own in family.names.items()}
-    held = packed(replace(family, spec=renamed, names=names), tower.checkpoint, tmp_path, monkeypatch)
+def test_weights_that_are_stored_under_names_that_transformers_does_not_know_have_no_reference(tmp_path, place, said):
+    folder = random_checkpoint(tmp_path, family="qwen3_vl")
+    stored = load_file(folder / "model.safetensors")
+    renamed = {name.replace("deepstack_merger_list.0.", f"levels.0.{place}"): array for name, array in stored.items()}
+    save_file(renamed, folder / "model.safetensors")
+    family = family_named("qwen3_vl")
+    others = {f"levels.{{n}}.{place}{own.rpartition('{n}.')[2]}": own for own in family.names.values()}
+    tower = Tower(replace(family, names={**family.names, **others}), Checkpoint(folder))
     with pytest.raises(UnsupportedArchitectureError, match=said):
-        opened(held, implementation="transformers")
+        opened(tower, implementation="transformers")
 
 
 def test_a_fault_of_a_familys_description_shows_against_the_reference(tiny):
@@ -402,7 +379,7 @@ def test_a_fault_of_a_familys_description_shows_against_the_reference(tiny):
 
 def test_a_tower_that_transformers_does_not_have_has_no_reference(tiny):
     checkpoint = Checkpoint(tiny)
-    checkpoint.config = {**checkpoint.config, "architectures": ["ThirdPartyModel"]}
+    checkpoint.config = {**checkpoint.config, "architectures": ["ThirdPartyModel"], "model_type": "third_party"}
     with pytest.raises(UnsupportedArchitectureError, match="no vision tower for ThirdPartyModel"):
         opened(Tower(FAMILY, checkpoint), implementation="transformers")
 
