@@ -118,7 +118,7 @@ def _unasked(encoder: Encoder, patches: Array) -> None:
 
 def _look(spec: TensorSpec, rows: Array) -> None:
     check_output("x", spec, rows, {"tokens": len(rows)})
-    check_embeddings("x", rows)
+    check_embeddings("x", rows, rows.shape[1])
 
 
 def _in_turns(one: Callable[[], object], other: Callable[[], object], turns: int = TURNS) -> tuple[float, float]:

@@ -46,7 +46,7 @@ def test_exactly_the_spoilt_rows_are_found(rows, width, spoil, dtype, tensor, da
 
     def look():
         check_output("someone", TensorSpec("x", dtype, ("n", width)), given_array, {"n": rows})
-        check_embeddings("someone", given_array)
+        check_embeddings("someone", given_array, width)
 
     with pytest.raises(OutputError, match=f"in {len(hit)} of {rows} rows of '\\w+', first in row {min(hit)}"):
         look()
@@ -56,7 +56,20 @@ def test_padding_may_be_zeros_and_embeddings_may_not():
     rows = np.zeros((4, 8), np.float32)
     check_output("someone", TensorSpec("padded", "float32", (4, 8)), rows, {})
     with pytest.raises(OutputError, match="a single repeated number in 4 of 4 rows of 'embeddings', first in row 0"):
-        check_embeddings("someone", rows)
+        check_embeddings("someone", rows, 8)
+
+
+@pytest.mark.parametrize("make", [np.array, torch.tensor])
+def test_a_deepstack_level_may_not_be_zeros_next_to_good_ones(make):
+    rows = np.random.default_rng(0).standard_normal((5, 24), dtype=np.float32)
+    check_embeddings("someone", make(rows), 8)
+    rows[[1, 3], 8:16] = 0
+    rows[3:, 16:] = 2.5
+    with pytest.raises(OutputError, match="in 3 of 5 rows of 'embeddings', first in row 1, deepstack level 1"):
+        check_embeddings("someone", make(rows), 8)
+    rows[0, :8] = 1
+    with pytest.raises(OutputError, match=r"in 4 of 5 rows of 'embeddings', first in row 0\."):
+        check_embeddings("someone", make(rows), 8)
 
 
 def test_rows_whose_sums_overflow_are_finite():

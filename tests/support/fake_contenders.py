@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from visionaccel_testing.checkpoints import TINY
+
 
 class FakeProcess:
     """Stands in for `ContenderProcess`: each encode takes a second, and embeddings are ones."""
@@ -25,5 +27,5 @@ class FakeProcess:
         if request["do"] == "products":
             return {"rates": {}}
         if request["save"] is not None:
-            np.save(request["save"], np.ones((4, 8), np.float32))
+            np.save(request["save"], np.ones((4, TINY["out_hidden_size"]), np.float32))
         return {"seconds": [1.0], "processor_seconds": 1.0, "ended": 2.0, "resident_bytes": 1, "peak_bytes": 1}

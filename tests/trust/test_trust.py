@@ -177,7 +177,8 @@ def test_a_device_that_misreads_images_is_refused_with_the_numbers_or_replaced(
         np.testing.assert_allclose(answer.rows, reference(tiny, patches, [GRID]), rtol=0, atol=2e-5)
         guarded.close()
         return
-    with pytest.raises(DeviceError, match=r"golden image .* lowest cosine -?0\.\d+ is under 0\.9999, as are \d+ of"):
+    numbers = r"golden image .* lowest cosine -?0\.\d+ is under 0\.9999, at token \d+, as are \d+ of"
+    with pytest.raises(DeviceError, match=numbers):
         opened(bundle, tmp_path, DRIFT, fallback=fallback, canary=canary)
 
 
@@ -277,11 +278,22 @@ def test_a_quick_canary_encodes_one_image_of_each_program(bundle):
 
 def test_lengths_count_too_and_shapes():
     rows = np.random.default_rng(0).standard_normal((4, 32), dtype=np.float32)
-    assert drift_of(rows, rows, 0.99)[1] is None
-    cosine, failure = drift_of(2 * rows, rows, 0.99)
+    assert drift_of(rows, rows, 0.99, 32)[1] is None
+    cosine, failure = drift_of(2 * rows, rows, 0.99, 32)
     assert cosine > 0.999
-    assert "length is off by 100.00%; the limit is 14.14%" in failure
-    assert "have shape [3, 32], but the reference has [4, 32]" in drift_of(rows[:3], rows, 0.99)[1]
+    assert "the length of token 0 is off by 100.00%; the limit is 14.14%" in failure
+    assert "have shape [3, 32], but the reference has [4, 32]" in drift_of(rows[:3], rows, 0.99, 32)[1]
+
+
+def test_a_level_that_is_wrong_does_not_hide_behind_a_much_larger_embedding():
+    rows = np.random.default_rng(0).standard_normal((4, 24), dtype=np.float32)
+    rows[:, :8] *= 1000
+    swapped, longer = rows.copy(), rows.copy()
+    swapped[2, 8:] = np.roll(rows[2, 8:], 8)
+    longer[1, 16:] *= 2
+    assert "at token 2, deepstack level 1, as are 1 of 4 tokens" in drift_of(swapped, rows, 0.9, 8)[1]
+    assert "the length of token 1, deepstack level 2 is off by 100.00%" in drift_of(longer, rows, 0.9, 8)[1]
+    assert drift_of(swapped, rows, 0.9, 24)[1] is None, "as one row, the embedding outweighs the levels"
 
 
 def test_closing_ends_what_looks_after_the_device(bundle, tmp_path, caplog):

@@ -208,7 +208,7 @@ def test_answers_of_the_digits_model_are_those_of_float32(digits, tmp_path):
 
 
 def test_the_worst_encodes_come_first():
-    comparison, exact = Comparison(), np.eye(4, dtype=np.float32)
+    comparison, exact = Comparison(4), np.eye(4, dtype=np.float32)
     for tilt in (0.1, 0.5, 0.0, 0.3):
         comparison.add(exact + np.float32(tilt) * np.roll(exact, 1, axis=1), exact)
     assert [encode for encode, _ in comparison.worst(3)] == [1, 3, 0]

@@ -530,8 +530,20 @@ def test_images_are_found_once_and_in_order(tmp_path):
 
 
 floats = st.floats(-100, 100, width=32) | st.just(0.0)
-rows = st.tuples(st.integers(1, 9), st.integers(1, 5)).flatmap(
-    lambda shape: st.tuples(*(arrays(np.float32, shape, elements=floats | st.sampled_from([np.nan, np.inf])),) * 2)
+values = floats | st.sampled_from([np.nan, np.inf])
+
+
+def pairs(tokens, width):
+    """Two arrays of that shape."""
+    return st.tuples(*(arrays(np.float32, (tokens, width), elements=values),) * 2)
+
+
+rows = st.tuples(st.integers(1, 9), st.integers(1, 5)).flatmap(lambda shape: pairs(*shape))
+calls = st.tuples(st.integers(1, 3), st.integers(1, 4)).flatmap(
+    lambda sizes: st.tuples(
+        st.just(sizes[0]),
+        st.lists(st.integers(1, 6).flatmap(lambda tokens: pairs(tokens, sizes[0] * sizes[1])), min_size=1, max_size=4),
+    )
 )
 
 
@@ -555,32 +567,41 @@ def test_rows_are_compared_as_a_naive_loop_does(pair):
     np.testing.assert_allclose(length_errors(*pair), lengths, rtol=1e-9, atol=1e-9)
 
 
-@given(st.lists(rows, min_size=1, max_size=4))
-def test_encodes_add_up(pairs):
-    comparison = Comparison()
+@given(calls)
+def test_encodes_add_up(call):
+    blocks, pairs = call
+    width = pairs[0][0].shape[1] // blocks
+    comparison = Comparison(width)
     for ours, reference in pairs:
         comparison.add(ours, reference)
-    cosines = [cosine for pair in pairs for cosine in naive(*pair)[0]]
-    assert comparison.tokens == len(cosines)
+    each_block = [tuple(x.reshape(-1, width) for x in pair) for pair in pairs]
+    cosines = [cosine for pair in each_block for cosine in naive(*pair)[0]]
+    assert comparison.tokens * blocks == len(cosines)
     assert comparison.encodes == len(pairs)
     assert comparison.lowest == pytest.approx(min(cosines), abs=1e-9)
     assert comparison.mean == pytest.approx(sum(cosines) / len(cosines), abs=1e-9)
     assert comparison.first_percentile == pytest.approx(np.percentile(cosines, 1), abs=1e-9)
     place = comparison.lowest_at
-    assert naive(*pairs[place.encode])[0][place.token] == pytest.approx(min(cosines), abs=1e-9)
+    at = place.token * blocks + place.block
+    assert naive(*each_block[place.encode])[0][at] == pytest.approx(min(cosines), abs=1e-9)
+    low = [min(cosines[n : n + blocks]) < 0.5 for n in range(0, len(cosines), blocks)]
+    assert comparison.tokens_below(0.5) == sum(low)
     assert comparison.nonfinite_rows == sum(int((~np.isfinite(ours)).any(axis=1).sum()) for ours, _ in pairs)
-    clean = [[np.where(np.isfinite(x).all(1, keepdims=True), x, 0).astype(float) for x in pair] for pair in pairs]
-    error = math.sqrt(sum(np.square(ours - reference).sum() for ours, reference in clean))
-    size = math.sqrt(sum(np.square(reference).sum() for _, reference in clean))
-    assert comparison.relative_error == pytest.approx(error / size if size else float(error > 0), rel=1e-9)
+    clean = [[np.where(np.isfinite(x).all(1, keepdims=True), x, 0).astype(float) for x in pair] for pair in each_block]
+    errors = []
+    for block in range(blocks):
+        error = math.sqrt(sum(np.square(ours - exact)[block::blocks].sum() for ours, exact in clean))
+        size = math.sqrt(sum(np.square(exact)[block::blocks].sum() for _, exact in clean))
+        errors.append(error / size if size else float(error > 0))
+    assert comparison.relative_error == pytest.approx(max(errors), rel=1e-9)
 
 
 def test_zeros_never_pass():
     zeros, ones = np.zeros((2, 3), np.float32), np.ones((2, 3), np.float32)
     for pair in ((zeros, ones), (ones, zeros), (zeros, zeros)):
-        comparison = Comparison()
+        comparison = Comparison(3)
         comparison.add(*pair)
         assert comparison.lowest == -1
-    missing = Comparison()
+    missing = Comparison(3)
     missing.add_missing(ones, 2)
     assert (missing.lowest, missing.relative_error, missing.nonfinite_rows) == (-1, 1, 2)

@@ -49,6 +49,23 @@ def split_rows(array: Array, counts: Iterable[int]) -> list[Array]:
     return [array[start:end] for start, end in pairwise(ends)]
 
 
+def column_blocks(rows: Array, width: int) -> Array:
+    """View rows [N, width * blocks] as [N * blocks, width], so that each block of columns is judged by itself.
+
+    A tower's output rows are the embedding of a token followed by its deepstack levels, all of one width
+    (`TowerSpec.out`). Row n * blocks + b of the result is block b of row n: 0 is the embedding, others are levels.
+    """
+    return rows.reshape(-1, width)
+
+
+def block_name(block: int) -> str:
+    """Return what messages say after a token: nothing for its embedding, block 0, or which deepstack level it is.
+
+    Levels count from 1, in the order of their columns.
+    """
+    return f", deepstack level {block}" if block else ""
+
+
 def as_host_tensor(array: Array, dtype: str) -> Any:
     """Convert a numpy array to a torch tensor of `dtype`, which shares its memory if no cast is needed.
 

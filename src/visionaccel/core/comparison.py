@@ -1,4 +1,4 @@
-"""Compares embeddings with those of a reference, token by token."""
+"""Compares embeddings with those of a reference, token by token, and deepstack levels by themselves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.core.arrays import finite_rows
+from visionaccel.core.arrays import block_name, column_blocks, finite_rows
 
 THRESHOLDS: Mapping[str, float] = MappingProxyType(
     {"float32": 0.9999, "float16": 0.999, "bfloat16": 0.99, "int8": 0.99}
@@ -20,37 +20,61 @@ A cosine does not depend on lengths. Lengths may differ by as much as the larges
 embedding: by sqrt(2 - 2 cosine) of the reference's length, which is 14 % in bfloat16.
 """
 
+FLOAT32_ERROR = 5e-5
+"""The largest `Comparison.relative_error` of a program in float32.
+
+Cosines do not show whether GELU was computed exactly or by tanh: either in the place of the other is a relative error
+of 7e-5 to 4e-4, a cosine of 0.99999994. Float32 kernels of different runtimes differ by 5e-7 to 4e-6.
+"""
+
 _WRONG = -1.0
 """Cosine of a token that has no direction, so that a device that returns zeros, or NaN, cannot pass."""
 
 
 class Place(NamedTuple):
-    """A token's place: the number of its encode, in the order of `add`, and its row in that encode, both from 0."""
+    """Where a row is compared.
+
+    Attributes:
+        encode: The number of its encode, in the order of `add`, from 0.
+        token: The token's row in that encode, from 0.
+        block: 0 for the embedding, or the number of the deepstack level.
+    """
 
     encode: int
     token: int
+    block: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.token}{block_name(self.block)}"
 
 
 class Comparison:
-    """Compares the encodes of one program with the reference's, and counts rows that contain NaN or infinity."""
+    """Compares the encodes of one program with the reference's, and counts rows that contain NaN or infinity.
 
-    def __init__(self) -> None:
+    Args:
+        width: Width of an embedding, and of each deepstack level next to it (`TowerSpec.out`). Each is judged by
+            itself, so that a good embedding does not hide a bad level.
+    """
+
+    def __init__(self, width: int) -> None:
+        self._width = width
         self.encodes = self.tokens = self.nonfinite_rows = 0
         self._cosines: list[NDArray[np.float64]] = []
         self._length_errors: list[NDArray[np.float64]] = []
-        self._squared_error = self._squared_reference = 0.0
+        self._squares: list[tuple[NDArray[np.float64], NDArray[np.float64]]] = []
 
     def add(self, ours: NDArray[np.float32], reference: NDArray[np.float32]) -> None:
-        """Compare one encode, [tokens, width]. For the relative error, a row with NaN or infinity counts as zeros."""
+        """Compare one encode, [tokens, out_width]. For the relative error, NaN and infinity make a block zeros."""
         assert ours.shape == reference.shape, "embeddings of one encode have one shape"
+        tokens = len(reference)
         self.nonfinite_rows += int((~finite_rows(ours)).sum())
+        ours, reference = column_blocks(ours, self._width), column_blocks(reference, self._width)
         self._cosines.append(token_cosines(ours, reference))
         self._length_errors.append(length_errors(ours, reference))
-        exact, found = _finite_only(reference), _finite_only(ours)
-        self._squared_error += float(np.square(found - exact).sum())
-        self._squared_reference += float(np.square(exact).sum())
+        exact, found = (_finite_only(rows).reshape(tokens, -1, self._width) for rows in (reference, ours))
+        self._squares.append((np.square(found - exact).sum(axis=(0, 2)), np.square(exact).sum(axis=(0, 2))))
         self.encodes += 1
-        self.tokens += len(reference)
+        self.tokens += tokens
 
     def add_missing(self, reference: NDArray[np.float32], nonfinite_rows: int = 0) -> None:
         """Count all tokens of an encode that failed or was discarded as wrong; `nonfinite_rows` were not finite."""
@@ -59,7 +83,7 @@ class Comparison:
 
     @property
     def cosines(self) -> NDArray[np.float64]:
-        """float64 [tokens]: the cosine of every token, encode by encode."""
+        """float64 [tokens * blocks]: the cosine of every token and deepstack level, encode by encode."""
         return np.concatenate(self._cosines)
 
     @property
@@ -71,6 +95,10 @@ class Comparison:
         """Return the `count` encodes with the lowest cosines, lowest first: the number and lowest cosine of each."""
         lowest = [float(cosines.min()) for cosines in self._cosines]
         return sorted(enumerate(lowest), key=lambda each: each[1])[:count]
+
+    def tokens_below(self, threshold: float) -> int:
+        """Count the tokens with a cosine below the threshold, their own or a deepstack level's."""
+        return int((self.cosines.reshape(-1, self._blocks) < threshold).any(axis=1).sum())
 
     @property
     def lowest_at(self) -> Place:
@@ -85,7 +113,7 @@ class Comparison:
 
     @property
     def first_percentile(self) -> float:
-        """The cosine that 99 % of the tokens reach, interpolated."""
+        """The cosine that 99 % of the tokens and levels reach, interpolated."""
         return float(np.percentile(self.cosines, 1))
 
     @property
@@ -95,15 +123,22 @@ class Comparison:
 
     @property
     def relative_error(self) -> float:
-        """Norm of the difference divided by that of the reference, over all tokens; 0 or 1 for a reference of zeros."""
-        if self._squared_reference == 0:
-            return float(self._squared_error > 0)
-        return float(np.sqrt(self._squared_error / self._squared_reference))
+        """Norm of the difference divided by that of the reference, over all tokens; 0 or 1 for a reference of zeros.
+
+        The largest of the embeddings' and each deepstack level's.
+        """
+        error, size = np.sum(self._squares, axis=0)
+        shares = np.divide(error, size, out=(error > 0).astype(np.float64), where=size > 0)
+        return float(np.sqrt(shares.max()))
+
+    @property
+    def _blocks(self) -> int:
+        return len(self.cosines) // self.tokens
 
     def _place(self, at: np.intp) -> Place:
         starts = np.cumsum([0, *map(len, self._cosines)])
         encode = int(np.searchsorted(starts, at, side="right")) - 1
-        return Place(encode, int(at - starts[encode]))
+        return Place(encode, *divmod(int(at - starts[encode]), self._blocks))
 
 
 def token_cosines(ours: NDArray[np.float32], reference: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.core.arrays import Array, constant_rows, dtype_name, finite_rows
+from visionaccel.core.arrays import Array, block_name, column_blocks, constant_rows, dtype_name, finite_rows
 from visionaccel.core.grid import Grid, total_patches
 from visionaccel.errors import NonFiniteError, OutputError, PatchesError
 
@@ -102,25 +102,35 @@ def check_output(backend: str, spec: TensorSpec, array: Array | None, sizes: Map
             f"the program declares {spec.dtype}{wanted}.",
             hint=_DEFECT,
         )
-    _refuse(backend, spec.name, ~finite_rows(array), "NaN or infinity")
+    _refuse(backend, spec.name, ~finite_rows(array)[:, None], "NaN or infinity")
 
 
-def check_embeddings(backend: str, rows: Array) -> None:
-    """Check the finite embeddings of a call, [tokens, out_width], without a program's padding.
+def check_embeddings(backend: str, rows: Array, width: int) -> None:
+    """Check the finite embeddings of a call, without a program's padding.
 
-    An embedding that repeats one number was not computed. A backend whose device writes into the host's memory fills
-    it with NaN first, so that `check_output` finds rows that were not written.
+    An embedding that repeats one number was not computed, and neither was a deepstack level that does. A backend whose
+    device writes into the host's memory fills it with NaN first, so that `check_output` finds rows that were not
+    written.
+
+    Args:
+        backend: The backend's name, for messages.
+        rows: [tokens, out_width].
+        width: Width of an embedding, and of each deepstack level next to it.
 
     Raises:
-        OutputError: If a row is constant.
+        OutputError: If an embedding or a deepstack level is constant.
     """
-    _refuse(backend, "embeddings", constant_rows(rows), "a single repeated number")
+    constant = constant_rows(column_blocks(rows, width)).reshape(len(rows), -1)
+    _refuse(backend, "embeddings", constant, "a single repeated number")
 
 
 def _refuse(backend: str, name: str, wrong: NDArray[np.bool_], what: str) -> None:
-    if wrong.any():
+    """Raise if any block of columns is wrong: bool [rows, blocks]."""
+    rows = wrong.any(axis=1)
+    if rows.any():
+        first = int(np.argmax(rows))
         raise OutputError(
-            f"backend {backend!r} returned {what} in {int(wrong.sum())} of {len(wrong)} rows of {name!r}, first in row "
-            f"{int(np.argmax(wrong))}.",
+            f"backend {backend!r} returned {what} in {int(rows.sum())} of {len(rows)} rows of {name!r}, first in row "
+            f"{first}{block_name(int(np.argmax(wrong[first])))}.",
             hint=_DEFECT,
         )

@@ -287,7 +287,7 @@ class Encoder:
             for spec in opened.program.outputs:
                 check_output(self.backend, spec, outputs.get(spec.name), sizes)
             rows = opened.host.embeddings(outputs, grids)
-        check_embeddings(self.backend, rows)
+        check_embeddings(self.backend, rows, self.tower.spec.out)
         return rows
 
 

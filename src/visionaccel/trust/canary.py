@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from visionaccel.backends import DriftReport
 from visionaccel.bundle import Golden
 from visionaccel.core.arrays import Array, as_numpy
-from visionaccel.core.comparison import THRESHOLDS, length_errors, token_cosines
+from visionaccel.core.comparison import THRESHOLDS, Comparison
 from visionaccel.core.containment import device_errors, tell
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
@@ -114,7 +114,8 @@ class Canary:
                 if isinstance(rows, DeadlineError):
                     break  # the other images would take as long
                 continue
-            cosine, reason = drift_of(rows, image.embeddings if len(image.embeddings) else rows, image.threshold)
+            exact = image.embeddings if len(image.embeddings) else rows
+            cosine, reason = drift_of(rows, exact, image.threshold, encoder.tower.spec.out)
             encoded, wrong = True, wrong or reason is not None
             if cosine < lowest:
                 lowest, limit = cosine, image.threshold
@@ -294,26 +295,36 @@ def _encoded(encode: Encode, image: Golden) -> NDArray[np.float32] | VisionAccel
         return error
 
 
-def drift_of(found: NDArray[np.float32], reference: NDArray[np.float32], threshold: float) -> tuple[float, str | None]:
-    """Compare embeddings [tokens, width] with the reference's.
+def drift_of(
+    found: NDArray[np.float32], reference: NDArray[np.float32], threshold: float, width: int
+) -> tuple[float, str | None]:
+    """Compare embeddings with the reference's, and each deepstack level by itself.
 
     Lengths may differ by as much as the threshold's angle moves the end of an embedding, as for a certificate.
 
+    Args:
+        found: [tokens, out_width].
+        reference: The same from the reference.
+        threshold: The lowest cosine that passes.
+        width: Width of an embedding, and of each deepstack level next to it.
+
     Returns:
-        The lowest cosine of a token, and why the embeddings do not pass; None if they do.
+        The lowest cosine of a token or level, and why the embeddings do not pass; None if they do.
     """
     if found.shape != reference.shape:
         return -1.0, f"the embeddings have shape {list(found.shape)}, but the reference has {list(reference.shape)}."
-    cosines = token_cosines(found, reference)
-    lowest = float(cosines.min())
+    comparison = Comparison(width)
+    comparison.add(found, reference)
+    lowest, (longest, place) = comparison.lowest, comparison.worst_length
     if lowest < threshold:
-        low = int((cosines < threshold).sum())
-        return lowest, f"lowest cosine {lowest:.6f} is under {threshold:g}, as are {low} of {len(cosines)} tokens."
-    longest, allowed = float(length_errors(found, reference).max()), math.sqrt(2 * (1 - threshold))
+        low, at = comparison.tokens_below(threshold), comparison.lowest_at
+        return lowest, (
+            f"lowest cosine {lowest:.6f} is under {threshold:g}, at token {at}, as are {low} of {len(found)} tokens."
+        )
+    allowed = math.sqrt(2 * (1 - threshold))
     if longest > allowed:
-        return (
-            lowest,
-            f"an embedding's length is off by {longest:.2%}; the limit is {allowed:.2%} (cosine {lowest:.6f}).",
+        return lowest, (
+            f"the length of token {place} is off by {longest:.2%}; the limit is {allowed:.2%} (cosine {lowest:.6f})."
         )
     return lowest, None
 

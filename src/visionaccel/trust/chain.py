@@ -104,8 +104,10 @@ class Shadow:
             if not self._closed:
                 logger.error("The reference could not encode an image for comparison: %s", answer)
             return
+        reference = self._reference.encoder_if_open
+        assert reference is not None, "it has answered"
         expected = as_numpy(answer)
-        cosine, failure = drift_of(rows, expected, self._limit)
+        cosine, failure = drift_of(rows, expected, self._limit, reference.tower.spec.out)
         if link.encoder_if_open is not None:
             report_comparison(link.encoder_if_open, "shadow", started, cosine, self._limit, failure)
         if failure is not None and not self._closed:

@@ -31,8 +31,8 @@ from visionaccel.bundle import (
     tower_digest,
 )
 from visionaccel.checkpoint import differing_weights
-from visionaccel.core.arrays import Array, as_numpy, finite_rows, is_tensor
-from visionaccel.core.comparison import THRESHOLDS, Comparison, Place
+from visionaccel.core.arrays import Array, as_numpy, block_name, finite_rows, is_tensor
+from visionaccel.core.comparison import FLOAT32_ERROR, THRESHOLDS, Comparison, Place
 from visionaccel.core.defaults import DEADLINE, OPEN_DEADLINE
 from visionaccel.core.grid import total_patches
 from visionaccel.core.program import CHECKPOINT, Program
@@ -250,7 +250,7 @@ class _Run:
     ) -> ProgramResult:
         """Run one program on its trials."""
         threshold = thresholds[entry.quantization.dtype if entry.quantization else entry.precision]
-        trials, comparison = self.trials.of(entry.covers()), Comparison()
+        trials, comparison = self.trials.of(entry.covers()), Comparison(self.bundle.tower.spec.out)
         tell(0, len(trials))
         try:
             encoder = self.open_program(_Alone(self.bundle, entry), device=self.device or entry.device)
@@ -259,7 +259,7 @@ class _Run:
         except VisionAccelError as error:
             for trial in trials:
                 tokens = sum(grid.tokens(self.bundle.tower.merge_size) for grid in trial.grids)
-                comparison.add_missing(np.ones((tokens, 1), np.float32))
+                comparison.add_missing(np.ones((tokens, self.bundle.tower.out_width), np.float32))
             backend = self.backend if self.backend != AUTO else _NOT_RUN
             device = self.device or entry.device or _NOT_RUN
             where = {"backend": backend, "device": device, "simulated": False, "grids": ()}
@@ -315,19 +315,24 @@ class _Run:
         """Return what is wrong with the embeddings, and where, or with the bundle's weights; None if nothing is."""
 
         def where(place: Place) -> str:
-            return trials[place.encode].where(place.token, self.bundle.tower.merge_size)
+            found = trials[place.encode].where(place.token, self.bundle.tower.merge_size)
+            return found + block_name(place.block)
 
         if comparison.lowest < threshold:
-            low = int((comparison.cosines < threshold).sum())
             return (
                 f"lowest cosine {comparison.lowest:.6f} is under {threshold}, at {where(comparison.lowest_at)}, as are "
-                f"{low} of {comparison.tokens} tokens. "
+                f"{comparison.tokens_below(threshold)} of {comparison.tokens} tokens. "
                 f"Worst: {', '.join(f'{trials[at]} ({cosine:.6f})' for at, cosine in comparison.worst(3))}."
             )
         # The largest angle that passes moves the end of an embedding by this part of its length.
         allowed, (worst, place) = math.sqrt(2 * (1 - threshold)), comparison.worst_length
         if worst > allowed:
             return f"an embedding's length is off by {worst:.2%}, at {where(place)}; the limit is {allowed:.2%}."
+        if threshold >= THRESHOLDS["float32"] and comparison.relative_error > FLOAT32_ERROR:
+            return (
+                f"relative error {comparison.relative_error:.1e} is over {FLOAT32_ERROR:.0e}, which is more than "
+                "rounding in float32: an activation or a small term may be wrong."
+            )
         wrong = self.wrong_weights
         return (
             f"{len(wrong)} of the bundle's weights differ from the reference's, such as {wrong[0]!r}."

@@ -316,7 +316,7 @@ class _Run:
                 if ours.shape != reference.shape:
                     found.error = f"it returned shape {list(ours.shape)} instead of {list(reference.shape)}."
                     continue
-                compared = Comparison()
+                compared = Comparison(self._tower.spec.out)
                 compared.add(ours, reference)
                 found.accuracy = Accuracy(
                     compared.lowest, compared.mean, compared.relative_error, compared.nonfinite_rows

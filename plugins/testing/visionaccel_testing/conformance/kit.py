@@ -249,7 +249,7 @@ class Kit:
         """Fail unless embeddings [tokens, width] are within the tolerance of the exact ones; `what` names them."""
         if found.shape != exact.shape:
             raise CheckFailedError(f"{what}: {list(found.shape)} embeddings instead of {list(exact.shape)}.")
-        comparison = Comparison()
+        comparison = Comparison(self.encoder.tower.spec.out)
         comparison.add(found, exact)
         wanted = self.declared.tolerance(self.encoder.capabilities.precision)
         figures = (
@@ -259,14 +259,14 @@ class Kit:
         )
         for name, figure, least in figures:
             if not figure >= least:
-                place = comparison.lowest_at.token
                 raise CheckFailedError(
-                    f"{what}: {name} {figure:.6f}, not {least:.6f}; the worst token is {place} of {len(found)}."
+                    f"{what}: {name} {figure:.6f}, not {least:.6f}; the worst of {len(found)} tokens is "
+                    f"{comparison.lowest_at}."
                 )
         if not comparison.relative_error <= wanted.relative_error:
             raise CheckFailedError(
                 f"{what}: relative error {comparison.relative_error:.2e}, over {wanted.relative_error:.1e}, "
-                "at good cosines: embeddings are too long or too short."
+                "at good cosines: embeddings are too long or too short, or less exact than the precision promises."
             )
 
     def same(self, found: Embeddings, other: Embeddings, what: str) -> None:
