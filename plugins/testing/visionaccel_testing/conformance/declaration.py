@@ -44,7 +44,7 @@ TOLERANCES: Mapping[str, Tolerance] = MappingProxyType(
     }
 )
 """By precision, as in `Capabilities.precision`. Correct programs stay well within them, and faults in single windows or
-rows do not. A device that rounds float32 products to TF32 is beyond float32's: it needs a tolerance of its own."""
+rows do not. A device that rounds float32 products to TF32 exceeds float32's; declare another."""
 
 
 @dataclass(frozen=True, slots=True)
