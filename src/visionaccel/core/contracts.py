@@ -126,11 +126,11 @@ def check_embeddings(backend: str, rows: Array, width: int) -> None:
 
 def _refuse(backend: str, name: str, wrong: NDArray[np.bool_], what: str) -> None:
     """Raise if any block of columns is wrong: bool [rows, blocks]."""
-    rows = wrong.any(axis=1)
-    if rows.any():
-        first = int(np.argmax(rows))
+    if wrong.any():
+        rows = np.flatnonzero(wrong.any(axis=1))
+        first = int(rows[0])
         raise OutputError(
-            f"backend {backend!r} returned {what} in {int(rows.sum())} of {len(rows)} rows of {name!r}, first in row "
+            f"backend {backend!r} returned {what} in {len(rows)} of {len(wrong)} rows of {name!r}, first in row "
             f"{first}{block_name(int(np.argmax(wrong[first])))}.",
             hint=_DEFECT,
         )
