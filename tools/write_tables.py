@@ -22,6 +22,7 @@ from docsite.tables import (
     contract_table,
     feature_table,
     metrics_table,
+    model_table,
     settings_table,
 )
 from visionaccel.bundle import SCHEMA_VERSION, json_schema
@@ -45,6 +46,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "evidence": evidence_table,
     "features": feature_table,
     "metrics": metrics_table,
+    "models in vLLM": model_table,
     "settings": lambda: settings_table().replace("](docs/", "]("),
     "used of vLLM": lambda: contract_table(changing=False),
 }

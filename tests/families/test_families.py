@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 
 from bundles import write_bundle
-from fake_plugins import install
+from fake_plugins import find_each_time, install_all
 from visionaccel.bundle import Bundle, open_bundle
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.program import CHECKPOINT, ONNX, ONNX_STANDARD
@@ -28,15 +28,12 @@ def site(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path / "site")
     for module in ("third_party", "broken_family", "first_family", "second_family"):  # an earlier test's
         monkeypatch.delitem(sys.modules, module, raising=False)
-    monkeypatch.setattr(registry, "_points", registry._points.__wrapped__)
-    monkeypatch.setattr(registry, "_load", registry._load.__wrapped__)
+    find_each_time(monkeypatch, registry._FAMILIES)
     return tmp_path / "site"
 
 
 def add(site, distribution, architecture, source):
-    install(site, distribution, architecture, source, GROUP)
-    (info,) = site.glob(f"{distribution.replace('-', '_')}-*.dist-info")
-    (info / "entry_points.txt").write_text(f"[{GROUP}]\n{architecture} = {distribution.replace('-', '_')}:FAMILY\n")
+    install_all(site, distribution, {GROUP: {architecture: f"{distribution.replace('-', '_')}:FAMILY"}}, source)
 
 
 def test_ours_is_one_of_them():

@@ -1,12 +1,12 @@
 """Tables of the installed backends, their options, the metrics, the conformance kit's checks, and the use of vLLM."""
 
-from collections.abc import Iterator
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import ByteSize
 
 from visionaccel.backends import Registry, VisionBackend, default_registry
+from visionaccel.families import family_for
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
 from visionaccel.integrations.vllm.compat.contract import (
     WITHOUT,
@@ -14,6 +14,7 @@ from visionaccel.integrations.vllm.compat.contract import (
     Feature,
     Need,
     entries_of,
+    entries_of_model,
 )
 from visionaccel.observe import SERIES
 from visionaccel.settings import FORMER_NAMES, PREFIX, Settings
@@ -22,22 +23,30 @@ from visionaccel_testing.conformance.check import LEVELS
 
 __all__ = [
     "ENTRIES", "backend_options", "backend_table", "check_table", "contract_table", "feature_table", "metrics_table",
-    "settings_table",
+    "model_table", "settings_table",
 ]  # fmt: skip
 
 
-def _entries() -> Iterator[tuple[Feature, Entry]]:
-    for feature in Feature:
-        found: list[Entry] = []
-        for architecture in ARCHITECTURES:
-            found += [entry for entry in entries_of(feature, architecture) if entry not in found]
-        yield from ((feature, entry) for entry in found)
+_MODEL, _TOWER = "{module}:{model}", "{tower}"
 
-
-ENTRIES = tuple(_entries())
-"""The contract with vLLM, row by row."""
+ENTRIES = tuple(
+    (feature, entry)
+    for feature in Feature
+    for entry in (*entries_of(feature), *entries_of_model(feature, _MODEL, [_TOWER]))
+)
+"""The contract with vLLM, row by row, with those of models for any of them."""
 
 _CHANGING = ("patch", "subclass", "override")
+
+
+def model_table() -> str:
+    """Return a table of the models whose encoder is replaced, with the words that stand for their classes."""
+    rows = ["| architecture | family | `{module}` | `{model}` | `{tower}` |", "|---|---|---|---|---|"]
+    for architecture, row in ARCHITECTURES.items():
+        module, _, model = row.model.partition(":")
+        family, towers = family_for(architecture).name, ", ".join(f"`{tower}`" for tower in row.towers)
+        rows.append(f"| `{architecture}` | {family} | `{module}` | `{model}` | {towers} |")
+    return "\n".join([*rows, ""])
 
 
 def backend_table() -> str:

@@ -2,15 +2,15 @@
 
 from visionaccel.families.registry import (
     GROUP,
+    family_for,
     family_named,
     family_of,
     supported_architectures,
     tower_of,
-    weight_prefixes,
 )
 from visionaccel.towers import Family, Host, Tower
 
 __all__ = [
-    "GROUP", "Family", "Host", "Tower", "family_named", "family_of", "supported_architectures", "tower_of",
-    "weight_prefixes",
+    "GROUP", "Family", "Host", "Tower", "family_for", "family_named", "family_of", "supported_architectures",
+    "tower_of",
 ]  # fmt: skip

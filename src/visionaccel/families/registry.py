@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cache
-from importlib.metadata import EntryPoint, entry_points
+from collections.abc import Sequence
 
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.core.containment import contained
+from visionaccel.core.entry_points import ArchitectureEntries
 from visionaccel.errors import PluginError, UnsupportedArchitectureError
 from visionaccel.towers import Family, Tower
 
 GROUP = "visionaccel.families"
-_OURS = "visionaccel"
+
+_FAMILIES = ArchitectureEntries(GROUP, Family, shown="visionaccel.families.Family", what="family")
 
 
 def supported_architectures() -> frozenset[str]:
     """Return the names of all architectures that installed families support."""
-    return frozenset(_points())
+    return frozenset(_FAMILIES)
 
 
 def tower_of(checkpoint: Checkpoint) -> Tower:
@@ -42,16 +41,15 @@ def family_of(checkpoint: Checkpoint) -> Family:
     return _family_of_any(checkpoint.architectures, str(checkpoint.folder))
 
 
-def weight_prefixes(architectures: Iterable[str]) -> tuple[str, ...]:
-    """Return the prefixes of vision tensors in checkpoints of these architectures. Raises the errors of `family_of`."""
-    families = (_family_of_any([name], "a checkpoint") for name in architectures)
-    return tuple(dict.fromkeys(prefix for family in families for prefix in family.prefixes))
+def family_for(architecture: str) -> Family:
+    """Return the family of an architecture. Raises the errors of `family_of`."""
+    return _family_of_any([architecture], "this model")
 
 
 def _family_of_any(architectures: Sequence[str], where: str) -> Family:
     for architecture in architectures:
-        if architecture in _points():
-            return _load(architecture)
+        if architecture in _FAMILIES:
+            return _FAMILIES[architecture]
     named = ", ".join(architectures)
     why = f"its architecture is {named}" if named else "its config.json lists no architecture"
     raise UnsupportedArchitectureError(f"{where} has an unsupported vision tower: {why}.", hint=_known())
@@ -64,11 +62,11 @@ def family_named(name: str) -> Family:
         PluginError: If one of visionaccel's own families cannot be loaded.
         UnsupportedArchitectureError: If no installed family has that name.
     """
-    for architecture, points in sorted(_points().items(), key=lambda each: _distribution(each[1][0]) != _OURS):
+    for architecture in sorted(_FAMILIES, key=_FAMILIES.is_ours, reverse=True):
         try:
-            family = _load(architecture)
+            family = _FAMILIES[architecture]
         except PluginError:
-            if _distribution(points[0]) == _OURS:
+            if _FAMILIES.is_ours(architecture):
                 raise
             continue
         if family.name == name:
@@ -76,49 +74,6 @@ def family_named(name: str) -> Family:
     raise UnsupportedArchitectureError(f"unknown tower family {name!r}.", hint=_known())
 
 
-@cache
-def _points() -> Mapping[str, tuple[EntryPoint, ...]]:
-    found: dict[str, tuple[EntryPoint, ...]] = {}
-    for point in entry_points(group=GROUP):
-        found[point.name] = (*found.get(point.name, ()), point)
-    return found
-
-
 def _known() -> str:
-    listed = ", ".join(sorted(_points()))
+    listed = ", ".join(sorted(_FAMILIES))
     return f"Supported: {listed}." if listed else "visionaccel's own families are not registered; reinstall it."
-
-
-@cache
-def _load(architecture: str) -> Family:
-    point, *others = _points()[architecture]
-    if others:
-        raise PluginError(
-            f"the vision tower of architecture {architecture} is provided by both {_origin(point)} and "
-            f"{_origin(others[0])}.",
-            hint="Uninstall one of them.",
-        )
-    try:
-        with contained():
-            family = point.load()
-    except Exception as error:  # the user must learn which distribution raised it
-        raise PluginError(
-            f"the family {point.value} of {_origin(point)}, for architecture {architecture}, cannot be loaded: "
-            f"{type(error).__name__}: {error}",
-            hint=f"Reinstall {_distribution(point)}, or report this to its authors.",
-        ) from error
-    if not isinstance(family, Family):
-        raise PluginError(
-            f"the family {point.value} of {_origin(point)}, for architecture {architecture}, is not a "
-            "visionaccel.families.Family.",
-            hint="The entry point must refer to a Family.",
-        )
-    return family
-
-
-def _distribution(point: EntryPoint) -> str:
-    return point.dist.name if point.dist is not None else "an unknown distribution"
-
-
-def _origin(point: EntryPoint) -> str:
-    return f"{_distribution(point)} {point.dist.version}" if point.dist is not None else _distribution(point)

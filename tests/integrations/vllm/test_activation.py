@@ -340,7 +340,7 @@ def test_the_epsilon_of_the_familys_description_counts(config, monkeypatch):
     described = SimpleNamespace(spec=SimpleNamespace(norm1=SimpleNamespace(epsilon=1e-5)))
     monkeypatch.setattr(encoder_source, "served_tower", lambda served, stored: described)
     monkeypatch.setattr(config.model_config.hf_config, "rms_norm_eps", 1e-6, raising=False)
-    with pytest.raises(ConfigurationError, match=r"rms_norm_eps=1e-06 for the vision encoder too, but only 1e-05"):
+    with pytest.raises(ConfigurationError, match=r"rms_norm_eps=1e-06 with the served .*, but only 1e-05"):
         activation.check_engine(config)
     monkeypatch.setattr(config.model_config.hf_config, "rms_norm_eps", 1e-5)
     activation.check_engine(config)

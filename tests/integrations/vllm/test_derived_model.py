@@ -9,6 +9,7 @@ import warnings
 import pytest
 
 from visionaccel.errors import ConfigurationError
+from visionaccel.families import family_for
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # vLLM and what it imports use deprecated parts of torch
@@ -39,6 +40,17 @@ def test_a_model_and_its_processing_are_derived_from_what_vllm_registered(archit
     for kind in (derived, info, processor):
         assert kind is getattr(model, kind.__qualname__)
         assert pickle.loads(pickle.dumps(kind)) is kind
+
+
+@pytest.mark.parametrize("architecture", architectures.ARCHITECTURES)
+def test_only_the_prefixes_of_the_architectures_family_tell_vision_tensors(architecture):
+    derived = getattr(model, architectures.derived_name(architecture))
+    instance = derived.__new__(derived)
+    places = ("visual.", "model.visual.", "thinker.visual.", "vision_tower.", "visualizer.", "model.")
+    kept = [name for name, _ in instance._without_tower(((f"{place}x", None) for place in places), None)]
+    ours = family_for(architecture).prefixes
+    assert kept == [f"{place}x" for place in places if place not in ours]
+    assert len(kept) < len(places)
 
 
 def test_speculative_decoding_takes_a_derived_model_for_vllms_own():

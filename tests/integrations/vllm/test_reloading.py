@@ -17,7 +17,7 @@ from visionaccel.bundle import strip_checkpoint
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError, DeviceError
-from visionaccel.integrations.vllm.compat import architectures, worker
+from visionaccel.integrations.vllm.compat import worker
 from visionaccel.integrations.vllm.encoder_source import Replacement, StoredWeights, source_digest
 from visionaccel.integrations.vllm.inline import visual
 from visionaccel.integrations.vllm.shared_memory import REPLACED
@@ -246,13 +246,3 @@ def test_an_encoder_that_cannot_be_opened_again_encodes_nothing(engine, other, m
         engine.load(weights(other), other)
     assert torch.equal(engine.tower(PATCHES, GRIDS), torch.zeros(10, 24))
     assert engine.orders[-1].refusal.endswith("out of memory")
-
-
-def test_only_prefixes_of_the_served_architecture_tell_vision_tensors(tiny, faults, monkeypatch):
-    asked = []
-    monkeypatch.setattr(architectures, "ARCHITECTURES", {**architectures.ARCHITECTURES, "OtherModel": None})
-    monkeypatch.setattr(visual, "weight_prefixes", lambda names: asked.append(list(names)) or ("visual.",))
-    engine = Engine(tiny, faults)
-    engine.load(weights(tiny))
-    assert asked == [["Qwen2_5_VLForConditionalGeneration"]]
-    assert engine.orders == []

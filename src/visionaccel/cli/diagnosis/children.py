@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from visionaccel.backends import AUTO, Finding, VisionBackend, checked_options, default_registry
-from visionaccel.backends.spec import Status
 from visionaccel.cli.diagnosis.checks import looked, valid_settings
 from visionaccel.encoder import open_source
 from visionaccel.errors import VisionAccelError
 from visionaccel.integrations.vllm.compat import architectures, contract
 from visionaccel.integrations.vllm.compat.contract import WITHOUT, Feature
 from visionaccel.isolation import as_finding, give_up_after, write_findings
+
+if TYPE_CHECKING:
+    from visionaccel.backends.spec import Status
 
 _ACTIVATION, _OPTIONS = "activation", "VISIONACCEL_OPTIONS"
 _RELEASE = "Install a release of vLLM that docs/compatibility.md lists."
@@ -85,18 +87,33 @@ def _of_vllm(trying: str = "") -> Iterator[Finding]:
 
 
 def _contract(models: Sequence[str]) -> Iterator[Finding]:
-    """Report each feature for which this vLLM lacks a name, in general or for some of the models."""
-    missing = {
-        feature: list(dict.fromkeys(text for model in (None, *models) for text in contract.missing(feature, model)))
-        for feature in Feature
-    }
-    for feature, texts in missing.items():
-        if texts:
+    """Report each feature for which this vLLM lacks a name, and each model of whose own classes it lacks one."""
+    complete = True
+    for feature in Feature:
+        if texts := contract.missing(feature):
+            complete = False
             status: Status = "failure" if feature is Feature.INLINE else "warning"
             detail = f"{'; '.join(texts)}. Without it, {WITHOUT[feature]}"
             yield Finding(f"contract: {feature}", status, detail, _RELEASE)
-    if not any(missing.values()):
+    for model in models:
+        for finding in _contract_of(model):
+            complete = False
+            yield finding
+    if complete:
         yield Finding("contract", "pass", "vLLM has every name that visionaccel relies on")
+
+
+def _contract_of(model: str) -> Iterator[Finding]:
+    """Report what one model's own classes lack; other models can be served all the same."""
+    name = f"contract: {model}"
+    try:
+        for feature in Feature:
+            own = [text for text in contract.missing(feature, model) if text not in contract.missing(feature)]
+            if own:
+                detail = f"{'; '.join(own)}. Without it, with this model {WITHOUT[feature]}"
+                yield Finding(name, "warning", detail, _RELEASE)
+    except VisionAccelError as error:  # another distribution's model
+        yield Finding(name, "warning", error.message, error.hint or "")
 
 
 def _activation(known: Sequence[str], trying: bool) -> Finding:

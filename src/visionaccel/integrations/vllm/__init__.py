@@ -1,8 +1,13 @@
-"""The entry point of the group `vllm.general_plugins`, which every process of vLLM imports: so it imports nothing."""
+"""The entry point of the group `vllm.general_plugins`, which every process of vLLM imports: so it imports very little.
+
+`Architecture` is for distributions that add a model.
+"""
 
 import os
 
-__all__ = ["BACKEND_VARIABLES", "register"]
+from visionaccel.integrations.vllm.architecture import Architecture
+
+__all__ = ["BACKEND_VARIABLES", "Architecture", "register"]
 
 BACKEND_VARIABLES = ("VISIONACCEL_BACKEND", "VLLM_VISION_NPU_BACKEND")
 """The variables that name a backend: the setting `backend` and its former name."""

@@ -141,11 +141,12 @@ def _check(config: VllmConfig, served: engine_config.ServedModel, settings: Sett
     from visionaccel.integrations.vllm.encoder_source import implemented_epsilon  # not needed in every process
     from visionaccel.integrations.vllm.processing import changed_size
 
-    if served.epsilon is not None and served.epsilon != (epsilon := implemented_epsilon(served)):
+    if served.epsilon != (epsilon := implemented_epsilon(served)):
+        path = ".".join(architectures.ARCHITECTURES[served.replaces].epsilon)
         raise ConfigurationError(
-            f"the served configuration sets {architectures.ARCHITECTURES[served.replaces].epsilon}={served.epsilon} "
-            f"for the vision encoder too, but only {epsilon} is implemented.",
-            hint="Drop that override, or unset VISIONACCEL_BACKEND.",
+            f"vLLM's vision encoder has {path}={served.epsilon} with the served configuration, but only {epsilon} is "
+            "implemented for this model.",
+            hint="Drop an override of that value, or unset VISIONACCEL_BACKEND.",
         )
     changed = changed_size(engine_config.processor_options(config.model_config), served.vision or {})
     if changed is not None:

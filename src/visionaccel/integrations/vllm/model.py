@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from visionaccel.errors import ConfigurationError, VisionAccelError
-from visionaccel.families import weight_prefixes
+from visionaccel.families import family_for
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.activation import check_engine
 from visionaccel.integrations.vllm.compat import architectures, engine_config, worker
@@ -25,6 +25,12 @@ from visionaccel.integrations.vllm.processing import FittedInfo, FittedProcessor
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+
+
+class _NoTower(nn.Module):
+    """The tower of a model whose prompts may not contain images or videos."""
+
+    deepstack_visual_indexes = None  # Qwen3-Omni reads it to embed audio, too
 
 
 class Accelerated(compat.Mixin):  # type: ignore[misc]
@@ -45,7 +51,7 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
         def make(*_: Any, **__: Any) -> nn.Module:
             # The arguments for the stock tower differ between releases, so none of them is used.
             served = engine_config.served_model(vllm_config)
-            tower: nn.Module = nn.Identity()  # where prompts may not contain images or videos
+            tower: nn.Module = _NoTower()
             if served.takes_media:
                 tower = AcceleratedTower(served, receives=engine_config.receives_embeddings(vllm_config))
             towers.append(tower)
@@ -63,14 +69,14 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
         self._served_config = vllm_config  # a reload changes its model's source
 
     @property
-    def _tower(self) -> nn.Module:
-        tower: nn.Module = getattr(self, ARCHITECTURES[self.accelerated].tower)
-        return tower
+    def _tower(self) -> AcceleratedTower | None:
+        """The tower; None where prompts may not contain images or videos, and in later stages of a pipeline."""
+        return next((child for child in self.children() if isinstance(child, AcceleratedTower)), None)
 
     def embed_input_ids(self, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Embed a prompt's tokens, as vLLM does in each step after encoding the step's images."""
-        if isinstance(self._tower, AcceleratedTower):
-            self._tower.budget.end_step()
+        if (tower := self._tower) is not None:
+            tower.budget.end_step()
         embedded: torch.Tensor = super().embed_input_ids(*args, **kwargs)
         return embedded
 
@@ -81,7 +87,7 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
             VisionAccelError: If they differ, and the encoder cannot be opened again from the files that vLLM reads.
         """
         tower = self._tower
-        if not isinstance(tower, AcceleratedTower) or worker.loading():
+        if tower is None or worker.loading():
             loaded: set[str] = super().load_weights(self._without_tower(weights, None))
             return loaded
         comparison = tower.compare(lambda: engine_config.served_model(self._served_config))
@@ -96,7 +102,7 @@ class Accelerated(compat.Mixin):  # type: ignore[misc]
     def _without_tower(
         self, weights: Iterable[tuple[str, torch.Tensor]], comparison: Comparison | None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        prefixes = weight_prefixes((self.accelerated,))
+        prefixes = family_for(self.accelerated).prefixes
         for name, weight in weights:
             if not name.startswith(prefixes):
                 yield name, weight
@@ -120,9 +126,9 @@ def _derive(name: str, architecture: str) -> None:
     stock = architectures.stock_class(architecture)
     info, processor, _ = architectures.processing_of(stock)
     # As vLLM does without --enable-tower-connector-lora, ignore an adapter's tensors for the vision tower.
-    skipped = [*(getattr(stock, "lora_skip_prefixes", None) or ()), *weight_prefixes((architecture,))]
+    skipped = [*(getattr(stock, "lora_skip_prefixes", None) or ()), *family_for(architecture).prefixes]
     # vLLM's speculative decoding recognises models by their class's name.
-    model = _derived(name, Accelerated, stock, architecture, accelerated=architecture, lora_skip_prefixes=skipped)
+    model = _derived(name, Accelerated, stock, stock.__name__, accelerated=architecture, lora_skip_prefixes=skipped)
     ours = _derived(f"{name}Info", FittedInfo, info), _derived(f"{name}Processor", FittedProcessor, processor)
     architectures.register_processing(model, *ours)
 

@@ -38,6 +38,9 @@ logger = safe_logger(__name__)
 _SIZES = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
 """Options that decide what a row of patches is, and their names in the vision configuration."""
 
+_LIMITS = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
+"""For the smallest and the largest area: the entry of the image processor's `size`, and the option that replaces it."""
+
 _NORMALISATION = frozenset({"do_normalize", "do_rescale", "image_mean", "image_std", "rescale_factor"})
 
 
@@ -73,7 +76,7 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
 
     def get_supported_mm_limits(self) -> Mapping[str, int | None]:
         limits: Mapping[str, int | None] = super().get_supported_mm_limits()
-        return {**limits, "video": 0} if self.limited else limits
+        return {kind: 0 if self.limited and kind == "video" else limit for kind, limit in limits.items()}
 
     @errors_for_clients()
     def validate_num_items(self, modality: str, num_items: int) -> None:
@@ -104,7 +107,8 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         return parser
 
     def get_image_size_with_most_features(self, *args: Any, **kwargs: Any) -> Any:
-        if self.fitter is None or not (self.resizes or self.limited):
+        # With arguments, it is about the frames of videos, which are not fitted.
+        if args or kwargs or self.fitter is None or not (self.resizes or self.limited):
             return super().get_image_size_with_most_features(*args, **kwargs)
         grid, side = self.fitter.largest, self.fitter.tower.patch_size
         return image_size(width=grid.w * side, height=grid.h * side)
@@ -178,14 +182,15 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
 
     def _pixel_bounds(self) -> tuple[int, int]:
         """Return the smallest and largest area in pixels to which the processor, with the user's options, resizes."""
-        limits = ARCHITECTURES[self._served.replaces or ""].pixel_limits
         size = dict(self.get_image_processor().size)
         given = engine_config.processor_options(self.ctx.model_config)
         for options in (given, given.get("images_kwargs") or {}):
             size |= {name: value for name, value in dict(options.get("size") or {}).items() if value is not None}
-            size |= {entry: options[name] for entry, name in limits if options.get(name) is not None}
-        least, most = (int(size[entry]) for entry, _ in limits)
-        return least, most
+            size |= {entry: options[name] for entry, name in _LIMITS if options.get(name) is not None}
+        least, most = (int(size[entry]) for entry, _ in _LIMITS)
+        counts_frames = ARCHITECTURES[self._served.replaces or ""].limits_count_frames
+        frames = self.grids.tower.spec.temporal if self.grids is not None and counts_frames else 1
+        return -(-least // frames), most // frames
 
 
 class FittedProcessor(compat.Mixin):  # type: ignore[misc]
@@ -216,7 +221,8 @@ class FittedProcessor(compat.Mixin):  # type: ignore[misc]
     def _report(self, result: Mapping[str, Any], started: float, seconds: float) -> None:
         """Report how long a prompt took, if it has images or videos."""
         log, trace, metrics = self._observers
-        places = {kind: ranges for kind, ranges in result.get("mm_placeholders", {}).items() if ranges}
+        found = result.get("mm_placeholders", {})
+        places = {kind: found[kind] for kind in ("image", "video") if found.get(kind)}
         if not places:
             return
         items = {kind: len(ranges) for kind, ranges in places.items()}

@@ -5,16 +5,18 @@ from __future__ import annotations
 import hashlib
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from importlib.machinery import PathFinder
 from importlib.util import find_spec
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from visionaccel.core.entry_points import ArchitectureEntries
+from visionaccel.integrations.vllm.architecture import Architecture
 from visionaccel.integrations.vllm.compat import release
+from visionaccel.integrations.vllm.compat.wrapping import wrap_once
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,36 +26,66 @@ _MODEL_MODULE = "visionaccel.integrations.vllm.model"
 """Derives a class when vLLM imports a name from it that `derived_name` returned."""
 
 
-@dataclass(frozen=True, slots=True)
-class Architecture:
-    """What differs between models."""
-
-    model: str  # vLLM's class as `module:Class`, for the contract; the registered class may be a different one
-    tower: str  # the model's attribute for its vision tower
-    towers: tuple[str, ...]  # names of the classes that it makes the tower from
-    vision: tuple[str, ...]  # path of attributes from the model's configuration to the tower's
-    epsilon: str  # the entry of the model's configuration that vLLM's tower adds to variances
-    # For the smallest and the largest area: the entry of the image processor's `size`, and the option that replaces it.
-    pixel_limits: tuple[tuple[str, str], tuple[str, str]]
-
-
 _MODELS = "vllm.model_executor.models"
 
-ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
-    {
-        "Qwen2_5_VLForConditionalGeneration": Architecture(
-            model=f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
-            tower="visual",
-            towers=("Qwen2_5_VisionTransformer",),
-            vision=("vision_config",),
-            epsilon="rms_norm_eps",
-            pixel_limits=(("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels")),
-        ),
-    }
-)
-"""Keyed by the name under which vLLM registers the model; a family of towers must read its checkpoints.
+GROUP = "visionaccel.vllm_models"
+"""The entry-point group with other distributions' rows."""
 
-An architecture that vLLM resolves to one of these by its suffix counts as that one.
+
+def _of_qwen3(model: str) -> Architecture:
+    return Architecture(model=f"{_MODELS}.{model}", towers=("Qwen3_VisionTransformer",))
+
+
+_GLM4V = Architecture(
+    model=f"{_MODELS}.glm4_1v:Glm4vForConditionalGeneration",
+    towers=("Glm4vVisionTransformer",),
+    usual_epsilon=1e-5,
+    limits_count_frames=True,
+)
+_QWEN2_5_OMNI = Architecture(
+    model=f"{_MODELS}.qwen2_5_omni_thinker:Qwen2_5OmniThinkerForConditionalGeneration",
+    towers=("Qwen2_5_VisionTransformer",),
+    epsilon=("thinker_config", "text_config", "rms_norm_eps"),
+)
+
+ARCHITECTURES = ArchitectureEntries(
+    GROUP,
+    Architecture,
+    shown="visionaccel.integrations.vllm.Architecture",
+    what="vLLM model",
+    own={
+        "Qwen2VLForConditionalGeneration": Architecture(
+            model=f"{_MODELS}.qwen2_vl:Qwen2VLForConditionalGeneration", towers=("Qwen2VisionTransformer",)
+        ),
+        "Qwen2_5_VLForConditionalGeneration": Architecture(
+            model=f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration", towers=("Qwen2_5_VisionTransformer",)
+        ),
+        "Qwen2_5OmniModel": _QWEN2_5_OMNI,
+        "Qwen2_5OmniForConditionalGeneration": _QWEN2_5_OMNI,
+        "Qwen3VLForConditionalGeneration": _of_qwen3("qwen3_vl:Qwen3VLForConditionalGeneration"),
+        "Qwen3VLMoeForConditionalGeneration": _of_qwen3("qwen3_vl_moe:Qwen3VLMoeForConditionalGeneration"),
+        "Qwen3OmniMoeForConditionalGeneration": Architecture(
+            model=f"{_MODELS}.qwen3_omni_moe_thinker:Qwen3OmniMoeThinkerForConditionalGeneration",
+            towers=("Qwen3Omni_VisionTransformer",),
+            epsilon=("thinker_config", "text_config", "rms_norm_eps"),
+        ),
+        "Qwen3_5ForConditionalGeneration": _of_qwen3("qwen3_5:Qwen3_5ForConditionalGeneration"),
+        "Qwen3_5MoeForConditionalGeneration": _of_qwen3("qwen3_5:Qwen3_5MoeForConditionalGeneration"),
+        "Glm4vForConditionalGeneration": _GLM4V,
+        "Glm4vMoeForConditionalGeneration": replace(
+            _GLM4V, model=f"{_MODELS}.glm4_1v:Glm4vMoeForConditionalGeneration"
+        ),
+        "DotsOCRForCausalLM": Architecture(
+            model=f"{_MODELS}.dots_ocr:DotsOCRForCausalLM",
+            towers=("DotsVisionTransformer",),
+            epsilon=("vision_config", "rms_norm_eps"),
+            usual_epsilon=1e-5,
+        ),
+    },
+)
+"""A row for each model, by the architecture under which vLLM registers it; a family must read its checkpoints.
+
+An architecture that vLLM resolves to one of these by its suffix counts as that one. Other distributions add rows.
 """
 
 _stock: dict[str, Any] = {}
@@ -61,14 +93,33 @@ _stock: dict[str, Any] = {}
 
 
 def register_models() -> None:
-    """Register a derived class instead of vLLM's own, for each architecture that this vLLM has."""
+    """Register a derived class instead of vLLM's own, for each architecture that this vLLM has.
+
+    A class that another plug-in registers later is replaced as soon as it is, because vLLM loads plug-ins in any order.
+    """
     from vllm import ModelRegistry
 
     for architecture in ARCHITECTURES:
-        stock = _registered(architecture)
-        if stock is not None and not _is_derived(stock):
-            _stock[architecture] = stock
-            ModelRegistry.register_model(architecture, f"{_MODEL_MODULE}:{derived_name(architecture)}")
+        _replace(architecture)
+
+    def wrapper(register: Any) -> Any:
+        def register_model(self: Any, model_arch: str, model_cls: Any) -> None:
+            register(self, model_arch, model_cls)
+            if model_arch in ARCHITECTURES:
+                _replace(model_arch)
+
+        return register_model
+
+    wrap_once(type(ModelRegistry), "register_model", wrapper)
+
+
+def _replace(architecture: str) -> None:
+    from vllm import ModelRegistry
+
+    stock = _registered(architecture)
+    if stock is not None and not _is_derived(stock):
+        _stock[architecture] = stock
+        ModelRegistry.register_model(architecture, f"{_MODEL_MODULE}:{derived_name(architecture)}")
 
 
 def derived_name(architecture: str) -> str | None:
@@ -93,7 +144,7 @@ def replaced_architecture(model: ModelConfig) -> str | None:
     from vllm import ModelRegistry
 
     entry = _registered(ModelRegistry._normalize_arch(model.architecture, model))
-    return entry.class_name.partition("__")[0] if _is_derived(entry) else None
+    return entry.class_name.rsplit("__", 2)[0] if _is_derived(entry) else None
 
 
 def is_replaced(architecture: str) -> bool:

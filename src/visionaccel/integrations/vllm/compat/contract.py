@@ -97,24 +97,26 @@ def _need(row: Mapping[str, Any], names: Mapping[str, str]) -> Need:
 @cache
 def entries_of(feature: Feature, architecture: str | None = None) -> tuple[Entry, ...]:
     """Return what a feature needs of vLLM for every model and, with an architecture, of that model's own classes."""
+    if architecture is not None:
+        row = ARCHITECTURES[architecture]
+        return (*entries_of(feature), *entries_of_model(feature, row.model, row.towers))
     shared = _TABLE["items"] if feature in (Feature.CONTAINMENT, Feature.PIPELINED) else []
-    found = [_entry(each, {}) for each in (*shared, *_TABLE[feature])]
-    if architecture is None:
-        return tuple(found)
-    row = ARCHITECTURES[architecture]
+    return tuple(_entry(each, {}) for each in (*shared, *_TABLE[feature]))
+
+
+def entries_of_model(feature: Feature, model: str, towers: Iterable[str]) -> tuple[Entry, ...]:
+    """Return what a feature needs of one model's own classes, as `Architecture` names them."""
     names = {
-        "model": row.model,
-        "module": row.model.partition(":")[0],
-        "info": f"{row.model}._processor_factory.info",
-        "processor": f"{row.model}._processor_factory.processor",
-        "towers": " ".join(row.towers),
-        "attribute": row.tower,
+        "model": model,
+        "module": model.partition(":")[0],
+        "info": f"{model}._processor_factory.info",
+        "processor": f"{model}._processor_factory.processor",
+        "towers": " ".join(towers),
     }
+    found: list[Entry] = []
     for each in _TABLE["model"].get(feature, ()):
-        for tower in row.towers:
-            entry = _entry(each, {**names, "tower": tower})
-            if entry not in found:
-                found.append(entry)
+        entries = [_entry(each, {**names, "tower": tower}) for tower in towers]
+        found += [entry for entry in entries if entry not in found]
     return tuple(found)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
+from visionaccel.families import family_for
 from visionaccel.integrations.vllm.compat import logger
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES, replaced_architecture
 from visionaccel.integrations.vllm.compat.contract import BY_OUR_SCHEDULER, FAILED_REQUESTS, Feature, missing, way_of
@@ -109,7 +110,7 @@ class ServedModel:
     dtype: torch.dtype  # of the language model
     device: str  # of the language model; `cpu` if only the model's configuration is known
     vision: Mapping[str, Any] | None  # the tower's configuration after every override; None if it is not replaced
-    epsilon: float | None = None  # what vLLM's tower adds to variances, if the configuration sets it
+    epsilon: float | None = None  # what vLLM's tower adds to variances; None if it is not replaced
     load: LoadConfig | None = None  # how vLLM loads the model, if known
     engine: str = ""  # the engine's identifier, which its workers share; empty if unknown
     adapts_tower: bool = False  # whether LoRA adapters apply to the tower too (--enable-tower-connector-lora)
@@ -129,8 +130,9 @@ def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:
     vision, epsilon = None, None
     if replaces is not None:
         row = ARCHITECTURES[replaces]
-        vision = functools.reduce(lambda config, name: getattr(config, name, None), row.vision, model.hf_config)
-        epsilon = getattr(model.hf_config, row.epsilon, None)
+        vision = _at(model.hf_config, family_for(replaces).config)
+        epsilon = _at(model.hf_config, row.epsilon)
+        epsilon = row.usual_epsilon if epsilon is None else float(epsilon)
     limits = model.get_multimodal_config() if model.is_multimodal_model else None
     return ServedModel(
         source=model.model,
@@ -144,9 +146,14 @@ def served_by(model: ModelConfig, device: str = "cpu") -> ServedModel:
         dtype=model.dtype,
         device=device,
         vision=None if vision is None else vision.to_dict(),
-        epsilon=None if epsilon is None else float(epsilon),
+        epsilon=epsilon,
         load=load_config_of(model),
     )
+
+
+def _at(config: Any, path: Iterable[str]) -> Any:
+    """Return what a path of attributes leads to; None if one is missing."""
+    return functools.reduce(lambda found, name: getattr(found, name, None), path, config)
 
 
 def is_one_of_several_api_servers(config: VllmConfig) -> bool:

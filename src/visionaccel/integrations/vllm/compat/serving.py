@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import sys
 from collections.abc import Callable, Iterator
@@ -12,14 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from visionaccel.errors import InputError
 from visionaccel.integrations.vllm.compat import logger
+from visionaccel.integrations.vllm.compat.wrapping import wrap_once
 
 if TYPE_CHECKING:
     from prometheus_client.registry import Collector
 
 _SERVING = "vllm.entrypoints.generate.base.serving"
-
-_OURS = "_wrapped_by_visionaccel"
-"""An attribute of each method that this module has wrapped, as other plug-ins wrap methods too."""
 
 
 @contextmanager
@@ -42,17 +39,6 @@ def errors_for_clients() -> Iterator[None]:
 def image_size(*, width: int, height: int) -> Any:
     """Return a size in pixels, as vLLM's processing information returns it."""
     return import_module("vllm.multimodal.parse").ImageSize(width=width, height=height)
-
-
-def _wrap(kind: Any, name: str, wrapper: Callable[[Any], Any]) -> bool:
-    """Replace a method by the one that `wrapper` makes of it, once; return whether this call did."""
-    method = getattr(kind, name, None)
-    if method is None or hasattr(method, _OURS):
-        return False
-    wrapped = functools.wraps(method)(wrapper(method))
-    setattr(wrapped, _OURS, True)
-    setattr(kind, name, wrapped)
-    return True
 
 
 class _Explained(str):
@@ -81,7 +67,7 @@ def explain_errors() -> None:
         return new_completion_output
 
     states = import_module("vllm.v1.engine.output_processor")
-    _wrap(getattr(states, "RequestState", None), "_new_completion_output", wrapper)
+    wrap_once(getattr(states, "RequestState", None), "_new_completion_output", wrapper)
 
 
 def _explain_to_clients() -> None:
@@ -97,7 +83,7 @@ def _explain_to_clients() -> None:
 
         return raise_if_error
 
-    _wrap(getattr(serving, "GenerateBaseServing", None), "_raise_if_error", wrapper)
+    wrap_once(getattr(serving, "GenerateBaseServing", None), "_raise_if_error", wrapper)
 
 
 def explain_pooling_errors() -> None:
@@ -128,7 +114,7 @@ def explain_pooling_errors() -> None:
 
         return make_request_output
 
-    _wrap(state, "make_request_output", wrapper)
+    wrap_once(state, "make_request_output", wrapper)
 
 
 class _FailedPooling:
@@ -171,5 +157,5 @@ def on_metrics(make: Callable[[], Collector]) -> None:
 
         return collect
 
-    if _wrap(MultiProcessCollector, "collect", wrapper):
+    if wrap_once(MultiProcessCollector, "collect", wrapper):
         REGISTRY.register(make())

@@ -21,7 +21,7 @@ from visionaccel.core.arrays import as_host_tensor, dtype_name, is_tensor, split
 from visionaccel.core.containment import device_errors
 from visionaccel.core.grid import as_grids
 from visionaccel.errors import ConfigurationError, DeadlineError, InputError, VisionAccelError
-from visionaccel.families import Tower, weight_prefixes
+from visionaccel.families import Tower, family_for
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import engine_config, worker
 from visionaccel.integrations.vllm.encoder_source import (
@@ -155,7 +155,7 @@ class AcceleratedTower(nn.Module):
         super().__init__()
         self._settings, self._receives = load_settings(), receives
         self._engine, self._place = served.engine, (served.source, served.revision)
-        self._prefixes = weight_prefixes([served.replaces or ""])
+        self._prefixes = family_for(served.replaces or "").prefixes
         shared_memory()  # for reports of faults: if it cannot be opened, raise before the engine runs
         self._source = open_served_source(served, self._settings)
         self._used: StoredWeights | None = StoredWeights(self._source, self._prefixes)
