@@ -9,19 +9,18 @@ from dataclasses import dataclass
 class Architecture:
     """How vLLM's model of an architecture makes its vision tower and limits its images.
 
-    visionaccel has one for each model that it serves. For another model, register yours in the entry-point group
-    `visionaccel.vllm_models`, with an entry point that is named as the architecture in `config.json`, and a family in
-    the group `visionaccel.families` under the same name. All else follows from the family and from the model's class,
-    in whichever order vLLM loads the plug-in that registers it.
+    visionaccel has one for each model that it serves. For another model, register one in the entry-point group
+    `visionaccel.vllm_models`, under the name of the architecture in `config.json`, and a family in the group
+    `visionaccel.families` under the same name. The model may be vLLM's, or one that another plug-in registers.
 
-    The model must be a child of vLLM's multimodal models: it calls its tower with patches `pixel_values` [P, width] and
-    (t, h, w) of each item, and its processor returns `image_grid_thw` or `video_grid_thw` for them.
+    The model must call its tower with patches [P, width] and (t, h, w) of each item, and its processor must return
+    these as for vLLM's Qwen models: `pixel_values` and `image_grid_thw`, or `pixel_values_videos` and `video_grid_thw`.
 
     Attributes:
         model: vLLM's class as `module:Class`. The names that are needed of it are checked at the start; the class that
             is registered with vLLM may be a subclass.
-        towers: Names of the classes that the model's constructor may make the tower from, and from no other module than
-            those of its own class and base classes.
+        towers: Names of the classes that the model's constructor may make the tower from. It must look them up in the
+            module of the model's class, or in that of one of its base classes.
         epsilon: Path of attributes from the model's configuration (`hf_config`) to what vLLM's tower adds to variances.
             An engine does not start if that is not the family's value.
         usual_epsilon: What vLLM's tower adds if the configuration has no such attribute.
