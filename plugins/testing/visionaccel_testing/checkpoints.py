@@ -126,6 +126,9 @@ ARCHITECTURES: Mapping[str, str] = MappingProxyType(
 _STORED_APART = frozenset({"qwen2_5_omni"})
 """Families whose checkpoints store queries, keys and values as separate weights."""
 
+_FLAT_KERNEL = frozenset({"dots_ocr"})
+"""Families whose checkpoints store the patch embedding as a convolution without an axis of time."""
+
 LIVELY: Mapping[str, float] = MappingProxyType(
     {
         "attn.qkv.weight": 1.4,
@@ -149,6 +152,8 @@ def tower_shapes(config: Mapping[str, Any], family: str = "qwen2_5_vl") -> Mappi
     for name, (rows, *columns) in found.described(document_of(config, family), "config.json").shapes().items():
         apart = JOINT in name and family in _STORED_APART
         names = [name.replace(JOINT, part) for part in APART] if apart else [name]
+        if len(columns) == 4 and family in _FLAT_KERNEL:
+            del columns[1]
         shapes |= {found.stored_name(each): (rows // len(names), *columns) for each in names}
     return shapes
 

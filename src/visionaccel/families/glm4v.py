@@ -46,17 +46,18 @@ def _spec(config: VisionConfiguration) -> TowerSpec:
     config.require("hidden_act", "silu")
     config.require("attention_bias", False, why=", because vLLM ignores the entry and transformers does not")
     common = sizes(config)
-    hidden, out, patch = common["hidden"], config.whole("out_hidden_size"), common["patch"]
+    hidden, out = common["hidden"], config.whole("out_hidden_size")
     merge, epsilon = common["merge"], config.number("rms_norm_eps")
-    if patch < 1:
-        raise ValueError(f"patch_size is {patch}; it must be positive")
     return TowerSpec(
         **common,
         **attention(hidden, bias=False, proj_bias=False),
         out=out,
         embed=(patch_embedding(common, bias=True), Norm("post_conv_layernorm", "rms", hidden, epsilon)),
         positions=Positions(
-            "embeddings.position_embedding", config.whole("image_size") // patch, "bicubic", align_corners=False
+            "embeddings.position_embedding",
+            config.whole("image_size") // common["patch"],
+            "bicubic",
+            align_corners=False,
         ),
         norm1=Norm("norm1", "rms", hidden, epsilon),
         norm2=Norm("norm2", "rms", hidden, epsilon),

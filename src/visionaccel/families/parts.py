@@ -16,7 +16,14 @@ def sizes(
     depth: str = "depth",
     channels: str = "in_channels",
 ) -> dict[str, Any]:
-    """Return the sizes of the patches and blocks, as arguments of `TowerSpec`; the arguments are the values' names."""
+    """Return the sizes of the patches and blocks, as arguments of `TowerSpec`; the arguments are the values' names.
+
+    Raises:
+        ValueError: If a patch or a token has no size: other sizes are divided by theirs.
+    """
+    for name in ("patch_size", "spatial_merge_size"):
+        if config.whole(name) < 1:
+            raise ValueError(f"{name} is {config.whole(name)}; it must be positive")
     return {
         "patch": config.whole("patch_size"),
         "temporal": config.whole("temporal_patch_size"),

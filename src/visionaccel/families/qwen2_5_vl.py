@@ -27,8 +27,8 @@ def described(config: VisionConfiguration) -> TowerSpec:
     common = sizes(config)
     token, side, depth = common["patch"] * common["merge"], config.whole("window_size"), common["depth"]
     hidden, inner, out = common["hidden"], config.whole("intermediate_size"), config.whole("out_hidden_size")
-    if min(common["patch"], common["merge"]) < 1 or side % token:
-        raise ValueError("patch_size and spatial_merge_size must be positive, window_size must be a multiple of both")
+    if side % token:
+        raise ValueError(f"window_size is {side}; it must be a multiple of patch_size * spatial_merge_size, {token}")
     return TowerSpec(
         **common,
         **attention(hidden),

@@ -9,13 +9,14 @@ _NAMES = ("merger.ln_q", "merger.mlp.0", "merger.mlp.2")
 
 
 def _spec(config: VisionConfiguration) -> TowerSpec:
-    entries, side = config.whole("num_position_embeddings"), config.whole("image_size") // config.whole("patch_size")
-    if entries != side**2:
+    spec, image = described(config, _NAMES), config.whole("image_size")
+    entries, others = config.whole("num_position_embeddings"), (image // spec.patch) ** 2
+    if entries != others:
         raise ValueError(
-            f"num_position_embeddings is {entries}, as transformers has it, but image_size means {side**2}, as vLLM "
-            "has it"
+            f"num_position_embeddings is {entries}, which transformers uses, but image_size {image} makes {others} "
+            "positions, which vLLM uses"
         )
-    return described(config, _NAMES)
+    return spec
 
 
 FAMILY = Family(

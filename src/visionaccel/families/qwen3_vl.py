@@ -40,8 +40,10 @@ def described(config: VisionConfiguration, names: tuple[str, str, str] = NAMES) 
     entries = config.whole("num_position_embeddings")
     side = math.isqrt(max(entries, 0))
     if side**2 != entries:
-        raise ValueError(f"num_position_embeddings is {entries} and not a square")
+        raise ValueError(f"num_position_embeddings is {entries}; it must be a square")
     levels = config.wholes("deepstack_visual_indexes")
+    if len(set(levels)) < len(levels) or not all(0 <= block < common["depth"] for block in levels):
+        raise ValueError(f"deepstack_visual_indexes is {list(levels)}; it must contain blocks below depth, each once")
     norm, first, second = (name.removeprefix("merger.") for name in names)
     return TowerSpec(
         **common,

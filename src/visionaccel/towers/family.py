@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from sys import float_info
 from typing import Any
 
 from visionaccel.checkpoint import Checkpoint
@@ -59,10 +60,10 @@ class VisionConfiguration:
         return tuple(_whole(name, value) for value in values)
 
     def number(self, name: str) -> float:
-        """Return a value that must be a number."""
+        """Return a value that must be a finite number."""
         value = self[name]
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise ValueError(f"{name} has {value!r} where a number is expected")
+        if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= float_info.max:
+            raise ValueError(f"{name} has {value!r} where a finite number is expected")
         return float(value)
 
     def flag(self, name: str) -> bool:
