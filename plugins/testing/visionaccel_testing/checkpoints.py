@@ -149,7 +149,7 @@ def tower_shapes(config: Mapping[str, Any], family: str = "qwen2_5_vl") -> Mappi
     """Return the stored names (below the prefix) and shapes of the tensors of a tower with this configuration."""
     found = family_named(family)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name, (rows, *columns) in found.described(document_of(config, family), "config.json").shapes().items():
+    for name, (rows, *columns) in found.described(found.with_configuration({}, config), "config.json").shapes().items():
         apart = JOINT in name and family in _STORED_APART
         names = [name.replace(JOINT, part) for part in APART] if apart else [name]
         if len(columns) == 4 and family in _FLAT_KERNEL:
@@ -158,9 +158,11 @@ def tower_shapes(config: Mapping[str, Any], family: str = "qwen2_5_vl") -> Mappi
     return shapes
 
 
-def document_of(config: Mapping[str, Any], family: str = "qwen2_5_vl") -> dict[str, Any]:
+def document_of(
+    config: Mapping[str, Any], family: str = "qwen2_5_vl", architecture: str | None = None
+) -> dict[str, Any]:
     """Return the `config.json` of a checkpoint of a tower alone."""
-    named = {"model_type": family, "architectures": [ARCHITECTURES[family]]}
+    named = {"model_type": family, "architectures": [architecture or ARCHITECTURES[family]]}
     return family_named(family).with_configuration(named, {"model_type": family, **config})
 
 
@@ -169,6 +171,7 @@ def random_checkpoint(
     config: Mapping[str, Any] | None = None,
     *,
     family: str = "qwen2_5_vl",
+    architecture: str | None = None,
     dtype: str = "float32",
     prefix: str | None = None,
     shards: int = 1,
@@ -181,6 +184,7 @@ def random_checkpoint(
         folder: The folder to write to; made if it does not exist.
         config: The tower's configuration; by default that of `TINY_TOWERS`.
         family: The tower's family.
+        architecture: The model's architecture; by default that of `ARCHITECTURES`.
         dtype: `float32`, `float16` or `bfloat16`.
         prefix: The prefix of the tensors' names; by default the last of the family's.
         shards: Number of safetensors files; several have an index.
@@ -191,7 +195,7 @@ def random_checkpoint(
 
     config = TINY_TOWERS[family] if config is None else config
     prefix = family_named(family).prefixes[-1] if prefix is None else prefix
-    _write_config(folder, config, family)
+    _write_config(folder, config, family, architecture)
     rng = np.random.default_rng(seed)
     shapes = sorted(tower_shapes(config, family).items())
     weight_map: dict[str, str] = {}
@@ -225,9 +229,9 @@ def hollow_checkpoint(folder: Path, config: Mapping[str, Any], family: str = "qw
     return folder
 
 
-def _write_config(folder: Path, config: Mapping[str, Any], family: str) -> None:
+def _write_config(folder: Path, config: Mapping[str, Any], family: str, architecture: str | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(document_of(config, family), indent=1))
+    (folder / "config.json").write_text(json.dumps(document_of(config, family, architecture), indent=1))
 
 
 def _draw(

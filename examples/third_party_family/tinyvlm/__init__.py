@@ -1,0 +1,1 @@
+"""TinyVLM: a family of vision towers for visionaccel, and the model for vLLM."""
