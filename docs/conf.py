@@ -37,8 +37,9 @@ CONTENTS = {
     ],
     "Measure": ["/plugins/bench/README", "bench-encode", "bench-serve", "report", "/benchmarks/README"],
     "Understand and extend": [
-        "how-it-works", "towers", "security", "writing-a-backend", "conformance", "/plugins/testing/README",
-        "/examples/digits_vlm/README", "contributing",
+        "how-it-works", "towers", "security", "writing-a-backend", "adding-a-family",
+        "/examples/third_party_family/README", "conformance", "/plugins/testing/README", "/examples/digits_vlm/README",
+        "contributing",
     ],
     "Reference": [
         "settings", "cli", "errors", "api/index", "api/encoder", "api/service", "api/backends", "api/programs",

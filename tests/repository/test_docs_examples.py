@@ -39,6 +39,7 @@ def workplace(digits, tmp_path_factory):
 def test_blocks_that_are_not_executed_here_are_known():
     """Whoever marks a block says so here too."""
     assert [place(block) for block in PYTHON if block.mark] == [
+        *[("docs/adding-a-family.md", "executed in tests/e2e")] * 4,
         ("docs/ryzen-ai.md", "not executed: needs an AMD NPU"),
         ("docs/vllm.md", "executed in tests/e2e"),
     ]
@@ -76,6 +77,7 @@ def test_a_pages_command_runs(words, workplace, monkeypatch):
 def test_marked_commands_are_executed_somewhere():
     marked = [place(block) for page in PAGES for block in blocks(page) if block.language == "console" and block.mark]
     assert marked == [
+        *[("docs/adding-a-family.md", "executed in tests/e2e")] * 2,
         *[("docs/quick-start.md", "executed")] * 2,
         *[("docs/writing-a-backend.md", "executed in tests/e2e")] * 2,
     ]
