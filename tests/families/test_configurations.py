@@ -142,7 +142,7 @@ def test_a_configuration_without_the_towers_part_is_refused(family):
 def test_any_wrong_value_is_the_configurations_fault_and_not_the_familys(family):
     values = {**family_named(family).defaults, **TINY_TOWERS[family], "rope_theta": 1e4}
     for name in values:
-        for wrong in (None, -1, 0, 2**40, 10**400, 1.5, float("nan"), "1", [], [1], {}, True):
+        for wrong in (None, -1, 0, 10**400, float("nan"), "1", [1], True):
             try:
                 described(family, {**values, name: wrong})
             except PluginError as error:

@@ -1,5 +1,7 @@
 """The host-side tables are transformers' own, for any list of grids."""
 
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -7,14 +9,21 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from transformers.models.qwen2_5_vl.configuration_qwen2_5_vl import Qwen2_5_VLVisionConfig
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import Qwen2_5_VLVisionRotaryEmbedding
-from transformers.vision_utils import get_vision_cu_seqlens, get_vision_position_ids, get_vision_window_index
+from transformers.vision_utils import (
+    get_vision_cu_seqlens,
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
 from strategies import grid_lists
+from towers import transformers_tower
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.grid import as_grids
+from visionaccel.encoder import open_tower
 from visionaccel.families import tower_of
 from visionaccel.towers import make_tables
-from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, TINY, random_checkpoint
+from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint
 
 SHAPES = {"7b": QWEN2_5_VL_7B, "wide windows": {**QWEN2_5_VL_7B, "window_size": 168}, "tiny": TINY}
 
@@ -68,3 +77,47 @@ def test_padded_windows_hold_every_row_once_in_order(tower, triples):
     np.testing.assert_array_equal(mask.sum(axis=1), tables["window_lengths"])
     np.testing.assert_array_equal(tables["window_patches"].ravel()[tables["window_slots"]], np.arange(rows))
     np.testing.assert_array_equal(tables["window_index"][tables["reverse_index"]], np.arange(rows // 4))
+
+
+OTHERS = {
+    "qwen2_vl": "Qwen2VLForConditionalGeneration",
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "glm4v": "Glm4vForConditionalGeneration",
+}
+"""Families without windows, with every kind of learned positions, and transformers' models of them."""
+
+
+@pytest.fixture(scope="module", params=OTHERS)
+def full_size(request, tmp_path_factory):
+    """The description of a tower with transformers' default sizes, and transformers' class."""
+    folder = hollow_checkpoint(tmp_path_factory.mktemp(request.param), {}, request.param)
+    return open_tower(folder).spec, transformers_tower(OTHERS[request.param])
+
+
+@given(triples=grid_lists(most_side=26))
+@example(triples=[(1, 2, 2)])
+@example(triples=[(2, 48, 48), (1, 96, 48), (1, 24, 26)])
+@example(triples=[(1, 2, 200), (4, 200, 2)])
+@hypothesis_settings(max_examples=60)
+def test_tables_of_learned_and_rotary_positions_equal_transformers(full_size, triples):
+    spec, kind = full_size
+    grid_thw = torch.tensor(triples)
+    tables = make_tables(spec, as_grids(triples, 2))
+    np.testing.assert_array_equal(tables["frame_lengths"], np.diff(get_vision_cu_seqlens(grid_thw).numpy()))
+    rotary = next(
+        each for name, each in vars(sys.modules[kind.__module__]).items() if name.endswith("VisionRotaryEmbedding")
+    )
+    cos, sin = rotary(kind.config_class())(torch.zeros(1), get_vision_position_ids(grid_thw, 2))
+    half, largest = spec.head_dim // 2, max(max(each[1:]) for each in triples)
+    for ours, theirs in ((tables["rotary_cos"], cos.numpy()), (tables["rotary_sin"], sin.numpy())):
+        np.testing.assert_array_equal(theirs[:, :half], theirs[:, half:])
+        np.testing.assert_allclose(ours, theirs[:, :half], rtol=0, atol=2e-7 * largest)
+    learned = spec.positions
+    if learned is None:
+        assert not {"position_index", "position_weight"} & tables.keys()
+        return
+    index, weight = get_vision_interpolation_indices_and_weights(
+        grid_thw, learned.side, learned.mode, learned.align_corners, 2
+    )
+    np.testing.assert_array_equal(tables["position_index"], index.numpy().T)
+    np.testing.assert_allclose(tables["position_weight"][:, :, 0], weight.numpy().T, rtol=0, atol=1e-6)
