@@ -8,9 +8,11 @@ import pytest
 from typer.testing import CliRunner
 
 from command_line import run_command
+from fake_plugins import install_all
 from visionaccel.cli.app import app
 from visionaccel.cli.output import backend_options
 from visionaccel.errors import SettingsError
+from visionaccel.families import GROUP
 
 
 def run(*arguments, check=None):
@@ -39,7 +41,28 @@ def test_explain_gives_each_verdict(tiny):
         ("simulated", "refused"),
         ("torch_ref", "accepted"),
     ]
-    assert "chosen" in run("explain", tiny).stdout
+    architecture = "Qwen2_5_VLForConditionalGeneration"
+    assert (answer["family"], answer["architecture"]) == ("qwen2_5_vl", architecture)
+    assert answer["vllm"] == ["inline", "pipelined"]
+    printed = " ".join(run("explain", tiny).stdout.split())
+    assert "chosen" in printed
+    assert "family qwen2_5_vl" in printed
+    assert f"vLLM can serve {architecture} with a backend, in-line and pipelined." in printed
+
+
+def test_a_family_without_a_row_for_vllm_is_explained_and_diagnosed(tiny, tmp_path, monkeypatch):
+    source = "from visionaccel.families.qwen2_5_vl import FAMILY"
+    site = install_all(tmp_path / "site", "other", {GROUP: {"OtherModel": "other:FAMILY"}}, source)
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    config = json.loads((tiny / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "architectures": ["OtherModel"]}))
+    (tmp_path / "model.safetensors").symlink_to(tiny / "model.safetensors")
+    answer = json.loads(run("explain", tmp_path, "--json").stdout)
+    assert (answer["family"], answer["architecture"], answer["vllm"]) == ("qwen2_5_vl", "OtherModel", [])
+    findings = json.loads(run("doctor", tmp_path, "--backend", "onnxrt", "--no-vllm", "--json").stdout)["findings"]
+    (model,) = (row for row in findings if row["what"] == "model")
+    assert model["status"] == "warning"
+    assert model["found"] == "vLLM cannot serve OtherModel with a backend, because visionaccel has no row for it"
 
 
 def test_explain_fails_if_none_would_run(tiny):

@@ -249,6 +249,7 @@ def certify(bundle, **changes):
 def test_a_bundle_without_certificate_and_golden_images_is_told_to_be_validated(bundle):
     findings = doctor(str(bundle), "--backend", "onnxrt")
     assert the(findings, "source", "digests")["status"] == "pass"
+    assert the(findings, "source", "model")["status"] == "pass"
     for name in ("certificate", "golden images"):
         found = the(findings, "source", name)
         assert (found["status"], found["fix"]) == ("warning", "Run `visionaccel validate`.")

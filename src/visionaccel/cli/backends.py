@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from visionaccel.backends import AUTO, Accepted, BackendEntry, Candidate, Registry, contained, default_registry, select
+from visionaccel.cli.models import model_of
 from visionaccel.cli.output import Backend, Device, Json, print_details, print_json, print_table, results
 from visionaccel.encoder import open_source
 from visionaccel.errors import PluginError
@@ -67,23 +68,25 @@ def explain(
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Show which backend would run a vision encoder, and why the others would not.
+    """Show a vision encoder's family, which backend would run it, why the others would not, and if vLLM can serve it.
 
     Exit status 1 if no backend would.
     """
-    settings = load_settings()
-    selection = select(
-        default_registry(), open_source(source), backend or settings.backend or AUTO, device or settings.device
-    )
+    settings, opened = load_settings(), open_source(source)
+    selection = select(default_registry(), opened, backend or settings.backend or AUTO, device or settings.device)
+    model = model_of(opened.tower)
     rows = [_verdict(candidate, candidate is selection.chosen) for candidate in selection.candidates]
     if as_json:
-        print_json({"requested": selection.requested, "device": selection.device, "candidates": rows})
+        asked = {"requested": selection.requested, "device": selection.device}
+        named = {"family": model.family, "architecture": model.architecture, "vllm": list(model.modes)}
+        print_json({**named, **asked, "candidates": rows})
     else:
         print_table(
-            f"Vision encoder of {source}",
+            f"Vision encoder of {source}, family {model.family}",
             ("backend", "verdict", "why, and what to do"),
             [(row["backend"], row["verdict"], f"{row['why']}\n{row['hint']}".rstrip()) for row in rows],
         )
+        results.print(f"{model.in_vllm}.")
     if selection.chosen is None:
         raise typer.Exit(1)
 

@@ -21,11 +21,13 @@ from packaging.version import InvalidVersion
 from visionaccel.backends import AUTO, Finding, Registry, contained
 from visionaccel.backends.spec import Status
 from visionaccel.bundle import Certificate, is_bundle, open_bundle, read_golden
+from visionaccel.cli.models import model_of
 from visionaccel.core.cache_folder import cache_home
 from visionaccel.core.cores import choose_cores, process_cores, shown_cores
 from visionaccel.core.cpu import flags_in, processor_name
 from visionaccel.encoder import open_tower
 from visionaccel.errors import SettingsError, UnknownBackendError, VisionAccelError
+from visionaccel.families import Tower
 from visionaccel.settings import PREFIX, VARIABLES, Settings, load_settings, unknown_variables
 
 _GIB = 2**30
@@ -254,12 +256,15 @@ def of_source(
         installed: Names of the installed backends.
     """
     if not is_bundle(source):
-        yield Finding("checkpoint", "pass", f"{source}, family {open_tower(source).family}")
+        tower = open_tower(source)
+        yield Finding("checkpoint", "pass", f"{source}, family {tower.family}")
+        yield _model(tower)
         return
     bundle = open_bundle(source, trust_unchanged=False)
     names = [program.name for program in bundle.manifest.programs]
     programs = f"{len(names)} {'program' if len(names) == 1 else 'programs'}: {', '.join(names)}"
     yield Finding("manifest", "pass", f"{source}, family {bundle.family}, {programs}")
+    yield _model(bundle.tower)
     sizes = {file.path: file.bytes for file in bundle.manifest.every_file()}
     yield Finding("digests", "pass", f"{len(sizes)} files of {sum(sizes.values()) / 2**20:.1f} MiB match")
     certificate = bundle.manifest.certificate
@@ -272,6 +277,12 @@ def of_source(
         yield Finding("golden images", "pass", f"{len(images)}, which a canary encodes before the first request")
     else:
         yield Finding("golden images", "warning", "none, so no canary can run", _PROVE)
+
+
+def _model(tower: Tower) -> Finding:
+    model = model_of(tower)
+    fix = "" if model.modes else "Use the encoder from Python, or add a row: see docs/adding-a-family.md."
+    return passed_unless(fix, "model", model.in_vllm)
 
 
 def _certificate(found: Certificate) -> Iterator[Finding]:
