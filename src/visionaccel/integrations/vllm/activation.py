@@ -138,17 +138,18 @@ def _check(config: VllmConfig, served: engine_config.ServedModel, settings: Sett
         )
     if not served.takes_media:
         return
-    from visionaccel.integrations.vllm.encoder_source import implemented_epsilon  # not needed in every process
+    from visionaccel.integrations.vllm.encoder_source import served_spec  # not needed in every process
     from visionaccel.integrations.vllm.processing import changed_size
 
-    if served.epsilon != (epsilon := implemented_epsilon(served)):
+    spec = served_spec(served)
+    if served.epsilon != spec.norm1.epsilon:
         path = ".".join(architectures.ARCHITECTURES[served.replaces].epsilon)
         raise ConfigurationError(
-            f"vLLM's vision encoder has {path}={served.epsilon} with the served configuration, but only {epsilon} is "
-            "implemented for this model.",
+            f"vLLM's vision encoder has {path}={served.epsilon} with the served configuration, but only "
+            f"{spec.norm1.epsilon} is implemented for this model.",
             hint="Drop an override of that value, or unset VISIONACCEL_BACKEND.",
         )
-    changed = changed_size(engine_config.processor_options(config.model_config), served.vision or {})
+    changed = changed_size(engine_config.processor_options(config.model_config), spec)
     if changed is not None:
         raise ConfigurationError(
             f"--mm-processor-kwargs sets {changed}, which does not match the served model's vision encoder.",

@@ -35,6 +35,7 @@ from visionaccel.core.dtypes import FLOATS
 from visionaccel.core.memory_files import FileState
 from visionaccel.core.program import AnyGrid, Coverage
 from visionaccel.core.stored_tensor import StoredTensor
+from visionaccel.core.tower_spec import TowerSpec
 from visionaccel.errors import ArtifactError, CheckpointError, ConfigurationError
 from visionaccel.families import Tower, family_of, tower_of
 from visionaccel.integrations.vllm import compat
@@ -62,10 +63,10 @@ def served_tower(served: ServedModel, stored: Checkpoint) -> Tower:
     return tower
 
 
-def implemented_epsilon(served: ServedModel) -> float:
-    """Return the epsilon that a served model's tower adds to variances, as its family describes the tower."""
+def served_spec(served: ServedModel) -> TowerSpec:
+    """Return the description of a served model's tower."""
     folder = weight_files.settings_folder(served.source, served.revision)
-    return served_tower(served, Checkpoint(folder, files=())).spec.norm1.epsilon
+    return served_tower(served, Checkpoint(folder, files=())).spec
 
 
 def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundle:

@@ -19,13 +19,14 @@ from visionaccel.core.arrays import as_numpy
 from visionaccel.core.containment import tell
 from visionaccel.core.grid import as_grids
 from visionaccel.core.safe_text import safe_logger
+from visionaccel.core.tower_spec import TowerSpec
 from visionaccel.errors import InputError, UnfitGridError
 from visionaccel.images import Fitter, as_rgb
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import engine_config
 from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
 from visionaccel.integrations.vllm.compat.serving import errors_for_clients, image_size
-from visionaccel.integrations.vllm.encoder_source import Grids, grids_of
+from visionaccel.integrations.vllm.encoder_source import Grids, grids_of, served_spec
 from visionaccel.integrations.vllm.published_metrics import publish
 from visionaccel.observe import EncoderMetrics, TraceLog
 from visionaccel.settings import Settings, load_settings
@@ -35,8 +36,8 @@ if TYPE_CHECKING:
 
 logger = safe_logger(__name__)
 
-_SIZES = {"patch_size": "patch_size", "temporal_patch_size": "temporal_patch_size", "merge_size": "spatial_merge_size"}
-"""Options that decide what a row of patches is, and their names in the vision configuration."""
+_SIZES = {"patch_size": "patch", "temporal_patch_size": "temporal", "merge_size": "merge"}
+"""Options that decide what a row of patches is, and their names in the tower's description."""
 
 _LIMITS = (("shortest_edge", "min_pixels"), ("longest_edge", "max_pixels"))
 """For the smallest and the largest area: the entry of the image processor's `size`, and the option that replaces it."""
@@ -127,7 +128,7 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         """Return the options in a request's `mm_processor_kwargs` that apply; refuse those that change the patches."""
         if not options:
             return options
-        changed = changed_size(options, self._served.vision or {})
+        changed = changed_size(options, self._spec)
         if changed is not None:
             raise InputError(
                 f"mm_processor_kwargs sets {changed}, which does not match the served model's vision encoder.",
@@ -170,6 +171,10 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
     @cached_property
     def _served(self) -> engine_config.ServedModel:
         return engine_config.served_by(self.ctx.model_config)
+
+    @cached_property
+    def _spec(self) -> TowerSpec:
+        return served_spec(self._served)
 
     def _applying(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the options, of the server or a request, that vLLM's own encoder would not ignore.
@@ -237,11 +242,11 @@ class FittedProcessor(compat.Mixin):  # type: ignore[misc]
             logger.info("visionaccel processor %s", json.dumps(line))
 
 
-def changed_size(options: Mapping[str, Any], vision: Mapping[str, Any]) -> str | None:
-    """Return the first option that contradicts a vision configuration about the patches, as `name=value`."""
+def changed_size(options: Mapping[str, Any], spec: TowerSpec) -> str | None:
+    """Return the first option that contradicts a tower's description about the patches, as `name=value`."""
     for scope in _scopes(options):
         for name, size in _SIZES.items():
-            if name in scope and size in vision and scope[name] != vision[size]:
+            if name in scope and scope[name] != getattr(spec, size):
                 return f"{name}={scope[name]!r}"
     return None
 
