@@ -156,7 +156,7 @@ def validate_bundle(
         deadline=deadline,
         open_deadline=open_deadline,
     )
-    opened, independent = _open_reference(reference, registry)
+    opened, independent = open_reference(reference, registry)
     with opened as exact:
         run = _Run(bundle, exact, trials, open_program, backend, device)
         results = tuple(run.program(entry, demanded, partial(tell, entry.name)) for entry in bundle.manifest.programs)
@@ -173,9 +173,13 @@ def validate_bundle(
     return Validation(certificate, tuple(run.golden))
 
 
-def _open_reference(reference: Tower, registry: Registry) -> tuple[Encoder, bool]:
-    """Open the reference of a tower; return also whether it is independent of visionaccel's description."""
-    opened = partial(open_encoder, reference, backend=REFERENCE_BACKEND, registry=registry, isolation="none")
+def open_reference(source: Tower | Path, registry: Registry) -> tuple[Encoder, bool]:
+    """Open the float32 reference on a tower or a checkpoint.
+
+    Returns:
+        The encoder, which the caller closes, and whether it is independent of visionaccel's description of the tower.
+    """
+    opened = partial(open_encoder, source, backend=REFERENCE_BACKEND, registry=registry, isolation="none")
     try:
         return opened(options=REFERENCE_OPTIONS), True
     except UnsupportedArchitectureError as error:

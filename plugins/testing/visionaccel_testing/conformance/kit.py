@@ -25,7 +25,7 @@ from visionaccel.core.grid import Grid, total_patches
 from visionaccel.core.program import AnyGrid, FixedGrid
 from visionaccel.encoder import Encoder, WantedIsolation, open_encoder
 from visionaccel.errors import BackendUnavailableError
-from visionaccel.validation import REFERENCE_BACKEND, REFERENCE_OPTIONS
+from visionaccel.validation import REFERENCE_BACKEND, open_reference
 from visionaccel_testing.checkpoints import LIVELY, TINY, random_checkpoint
 from visionaccel_testing.conformance.check import CheckFailedError
 from visionaccel_testing.conformance.declaration import BackendUnderTest
@@ -177,12 +177,23 @@ class Kit:
         return grids_of(self.encoder)
 
     def subject_of(
-        self, name: str, config: Mapping[str, Any] = TINY, edit: Callable[[Weights], None] | None = None
+        self,
+        name: str,
+        config: Mapping[str, Any] | None = None,
+        edit: Callable[[Weights], None] | None = None,
+        family: str = "qwen2_5_vl",
     ) -> Subject:
-        """Return the backend on a tower of random weights, made once per name; `edit` may change the weights first."""
+        """Return the backend on a tower of random weights, made once per name.
+
+        Args:
+            name: A folder's name.
+            config: The tower's configuration; by default the family's in `TINY_TOWERS`.
+            edit: Changes the weights first.
+            family: The tower's family.
+        """
         checkpoint = self._folder / name / "checkpoint"
         if not checkpoint.exists():
-            random_checkpoint(checkpoint, config, seed=self.seed, scales=LIVELY)
+            random_checkpoint(checkpoint, config, family=family, seed=self.seed, scales=LIVELY)
             if edit is not None:
                 file = checkpoint / SINGLE_FILE
                 weights = load_file(file)
@@ -220,9 +231,7 @@ class Kit:
                 "the conformance kit compares with the reference, which is not installed.",
                 hint="pip install 'visionaccel[testing]'.",
             )
-        encoder = open_encoder(
-            checkpoint, backend=REFERENCE_BACKEND, options=REFERENCE_OPTIONS, registry=registry, isolation="none"
-        )
+        encoder, _ = open_reference(checkpoint, registry)
         return self._open.enter_context(encoder)
 
     def patches(self, grids: Sequence[Grid], number: int = 0) -> NDArray[np.float32]:
@@ -245,13 +254,21 @@ class Kit:
         patches = self.patches(grids, number)
         self.compare(self.encode(patches, grids), self.expected(patches, grids), what)
 
-    def compare(self, found: Embeddings, exact: Embeddings, what: str) -> None:
-        """Fail unless embeddings [tokens, width] are within the tolerance of the exact ones; `what` names them."""
+    def compare(self, found: Embeddings, exact: Embeddings, what: str, by: Encoder | None = None) -> None:
+        """Fail unless embeddings are within the tolerance of the exact ones.
+
+        Args:
+            found: float32 [tokens, out_width].
+            exact: The same from the reference, or from another call.
+            what: What they are, for the message.
+            by: The backend's encoder that returned them, by default that of the subject.
+        """
+        encoder = by or self.encoder
         if found.shape != exact.shape:
             raise CheckFailedError(f"{what}: {list(found.shape)} embeddings instead of {list(exact.shape)}.")
-        comparison = Comparison(self.encoder.tower.spec.out)
+        comparison = Comparison(encoder.tower.spec.out)
         comparison.add(found, exact)
-        wanted = self.declared.tolerance(self.encoder.capabilities.precision)
+        wanted = self.declared.tolerance(encoder.capabilities.precision)
         figures = (
             ("lowest cosine", comparison.lowest, wanted.lowest),
             ("first percentile of cosines", comparison.first_percentile, wanted.first_percentile),

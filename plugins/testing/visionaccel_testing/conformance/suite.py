@@ -21,12 +21,23 @@ from visionaccel_testing.conformance.life_cycle import LIFE_CYCLE
 from visionaccel_testing.conformance.numbers import NUMBERS
 from visionaccel_testing.conformance.shapes import SHAPES
 from visionaccel_testing.conformance.speed import SPEED
+from visionaccel_testing.conformance.towers import TOWERS
 
 if TYPE_CHECKING:
     import pytest
 
 CHECKS: tuple[Check, ...] = tuple(
-    check for level in (INTERFACE, SHAPES, NUMBERS, DETERMINISM, LIFE_CYCLE, FAULTS, SPEED) for check in level.found
+    check
+    for level in (
+        INTERFACE.found,
+        SHAPES.found,
+        (*NUMBERS.found, *TOWERS),
+        DETERMINISM.found,
+        LIFE_CYCLE.found,
+        FAULTS.found,
+        SPEED.found,
+    )
+    for check in level
 )
 """Every check, ordered by level."""
 

@@ -1,28 +1,33 @@
 """The backends of this repository, checked as anybody's. Their reports make the table of the documentation."""
 
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from bundles import reseal, write_bundle
 from conformance.planted import FIXED, fixed_shapes
 from simulated import simulated_precision
-from visionaccel.encoder import open_tower
+from visionaccel_flexmlrt.artifact import FLEXMLRT_RAI
 from visionaccel_flexmlrt.simulator import compile_partition
-from visionaccel_flexmlrt.vitisai import ImportRequest, import_vitisai
-from visionaccel_flexmlrt.vitisai.writing import write_vitisai_folder
 from visionaccel_testing.conformance import CHECKS, BackendUnderTest, conformance_suite, run_checks
 
 
 def simulated_npu(checkpoint: Path, folder: Path) -> Path:
-    """A bundle of what AMD's compiler would leave for two grids, compiled for the simulator."""
-    tower, precision = open_tower(checkpoint), simulated_precision()
-    requests = []
-    for grid in FIXED:
-        left = folder.with_name(f"{folder.name}-{grid}")
-        write_vitisai_folder(tower, left, grid, layout="rai", compile=partial(compile_partition, precision=precision))
-        requests.append(ImportRequest(path=left, precision=precision))
-    import_vitisai(tower, requests, folder)
+    """A bundle of two grids whose device parts are compiled for the simulator; the host embeds the patches."""
+    grids, precision = [f"{grid.h}x{grid.w}" for grid in FIXED], simulated_precision()
+    write_bundle(checkpoint, folder, *grids, split_host=True, self_contained=True, device="simulator")
+
+    def compiled(manifest: dict[str, Any]) -> None:
+        for program in manifest["programs"]:
+            model = folder / program["model"]
+            artifact = model.with_suffix(".rai")
+            compile_partition(model, artifact, precision)
+            model.unlink()
+            files = [{"path": artifact.name, "bytes": 0, "sha256": ""}]
+            program |= {"format": FLEXMLRT_RAI, "model": artifact.name, "files": files, "precision": precision}
+
+    reseal(folder, compiled)
     return folder
 
 

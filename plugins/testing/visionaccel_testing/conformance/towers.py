@@ -1,0 +1,41 @@
+"""Level 2, on towers of every family: a backend computes each mechanism that a tower is described with.
+
+The other checks use one tower, because what they find does not depend on the mathematics. A family's tower in
+`TINY_TOWERS` has every mechanism of its released ones: kinds of norms, activations and biases, learned positions and
+how they are interpolated, the merger, deepstack levels and their order, windows, frames in a patch, and how attention
+weights are stored.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from visionaccel.errors import ConfigurationError
+from visionaccel_testing.checkpoints import TINY_TOWERS
+from visionaccel_testing.conformance.check import Check, NotApplicableError
+from visionaccel_testing.conformance.kit import Kit, encoded, grids_of, listed, patches_for
+
+LEVEL = 2
+
+
+def _tower(family: str, kit: Kit) -> None:
+    """Compare a tower of a family with the reference, on calls that show faults in frames, windows and neighbours."""
+    try:
+        subject = kit.subject_of(f"tower-{family}", family=family)
+        encoder = subject.open()
+    except ConfigurationError as error:  # as when each of its programs is rejected
+        raise NotApplicableError(f"it takes no tower of family {family}: {error.message}") from error
+    with encoder:
+        exact = kit.reference_of(subject.checkpoint)
+        for grids in grids_of(encoder):
+            patches = patches_for(grids, kit.seed, encoder.tower.patch_width)
+            found, wanted = encoded(encoder, patches, grids), kit.expected(patches, grids, exact)
+            kit.compare(found, wanted, f"a tower of family {family}, grids {listed(grids)}", encoder)
+
+
+TOWERS = tuple(
+    Check(LEVEL, f"L{LEVEL}-tower-{family}", f"Every token of a tower of family `{family}` is that close too", run)
+    for family in TINY_TOWERS
+    for run in [partial(_tower, family)]
+)
+"""A check for each family."""
