@@ -84,8 +84,8 @@ TINY_TOWERS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "glm4v": {
             **_SMALL,
             "hidden_size": 32,
-            "intermediate_size": 44,
-            "out_hidden_size": 24,
+            "intermediate_size": 96,
+            "out_hidden_size": 48,
             "image_size": 36,
             "attention_bias": False,
             "rms_norm_eps": 1e-5,

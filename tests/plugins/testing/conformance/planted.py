@@ -30,6 +30,14 @@ def on_output(change):
         found["embeddings"] = change(self, inputs, found["embeddings"])
         return found
     Session.run = run
+
+def on_graph(change):
+    def init(self, program):
+        import dataclasses, onnx
+        model = onnx.load_model_from_string(program.model())
+        change(model.graph)
+        _init(self, dataclasses.replace(program, model=model.SerializeToString))
+    Session.__init__ = init
 """
 
 

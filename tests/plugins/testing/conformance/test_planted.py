@@ -1,12 +1,21 @@
 """The conformance kit itself: it finds each planted fault by name, and nothing in a good backend."""
 
+import re
 import sys
 from datetime import date
+from functools import cache
 
 import pytest
 
 from conformance.planted import GOOD, PLANTED, Planted, install
+from conformance.planted_towers import PLANTED_IN_TOWERS
+from visionaccel.backends import Registry
+from visionaccel.bundle import ProgramRequest, export_bundle
+from visionaccel.core.program import AnyGrid
+from visionaccel.encoder import open_tower
 from visionaccel.errors import ConfigurationError
+from visionaccel.validation import validate_bundle
+from visionaccel_testing.checkpoints import TINY_TOWERS, random_checkpoint
 from visionaccel_testing.conformance import CHECKS, BackendUnderTest, KnownFailure, conformance_suite, run_checks
 
 
@@ -21,7 +30,10 @@ def site(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-@pytest.mark.parametrize("planted", PLANTED, ids=lambda planted: planted.name)
+ALL = (*PLANTED, *PLANTED_IN_TOWERS)
+
+
+@pytest.mark.parametrize("planted", ALL, ids=lambda planted: planted.name)
 def test_a_planted_fault_is_found_by_the_check_that_names_it(planted: Planted, site, tmp_path):
     name = f"kit_{planted.name}"
     install(site, name, planted.source, planted.requires)
@@ -29,6 +41,38 @@ def test_a_planted_fault_is_found_by_the_check_that_names_it(planted: Planted, s
     (outcome,) = run_checks(BackendUnderTest(name, source=planted.opens), tmp_path / "work", checks=[check])
     assert outcome.status == "failed"
     assert planted.says in outcome.detail
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory):
+    """A function that returns a family's tower, and a bundle of its program for any grid; made once."""
+
+    @cache
+    def of(family: str):
+        folder = tmp_path_factory.mktemp(family)
+        tower = open_tower(random_checkpoint(folder / "checkpoint", family=family))
+        return tower, export_bundle(tower, folder / "bundle", [ProgramRequest(AnyGrid())])
+
+    return of
+
+
+@pytest.mark.parametrize("planted", PLANTED_IN_TOWERS, ids=lambda planted: planted.name)
+def test_a_fault_in_the_mathematics_is_found_by_validation_too(planted: Planted, site, bundles):
+    name = f"kit_{planted.name}"
+    install(site, name, planted.source)
+    tower, bundle = bundles(planted.check.removeprefix("L2-tower-"))
+    (result,) = validate_bundle(bundle, tower, backend=name, registry=Registry()).certificate.programs
+    assert re.search("lowest cosine|relative error|a single repeated number", result.failure or "")
+    assert ("deepstack level" in result.failure) == ("deepstack level" in planted.says)
+
+
+@pytest.mark.parametrize("family", TINY_TOWERS)
+def test_validation_of_a_good_backend_finds_nothing_and_says_what_the_reference_was(family, site, bundles):
+    install(site, GOOD)
+    tower, bundle = bundles(family)
+    certificate = validate_bundle(bundle, tower, backend=GOOD, registry=Registry()).certificate
+    assert certificate.programs[0].failure is None
+    assert certificate.independent == (family != "dots_ocr")  # which transformers does not have
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -76,8 +120,8 @@ def test_nothing_is_found_in_a_good_backend_that_returns_tensors(site, tmp_path)
 def test_every_check_of_a_backend_finds_something():
     """The others try what the core does around a backend, which one can break by going around the core only."""
     around = {"L1-refusals", "L5-tampered", "L5-hang"}
-    assert {planted.check for planted in PLANTED} == {check.name for check in CHECKS} - around
-    assert len({planted.name for planted in PLANTED}) == len(PLANTED) >= 15
+    assert {planted.check for planted in ALL} == {check.name for check in CHECKS} - around
+    assert len({planted.name for planted in ALL}) == len(ALL) >= 15
 
 
 def test_a_known_failure_is_told_apart_and_must_fail(site, tmp_path):
