@@ -14,7 +14,8 @@ from visionaccel.encoder import WantedIsolation
 
 Source: TypeAlias = Callable[[Path, Path], Path]
 """Makes what the backend opens, such as a bundle of fixed grids. Takes the checkpoint's folder and a folder that does
-not exist yet, and returns the folder to open. Must be a function of a module, so that other processes can import it."""
+not exist yet, and returns the folder to open. Must be a function of a module, so that other processes can import it.
+Raises ConfigurationError for a tower that the backend does not support: the checks of that tower then do not apply."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,9 +8,11 @@ weights are stored.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
-from visionaccel.errors import ConfigurationError
+from visionaccel.errors import BackendUnavailableError, ConfigurationError
 from visionaccel_testing.checkpoints import TINY_TOWERS
 from visionaccel_testing.conformance.check import Check, NotApplicableError
 from visionaccel_testing.conformance.kit import Kit, encoded, grids_of, listed, patches_for
@@ -18,13 +20,21 @@ from visionaccel_testing.conformance.kit import Kit, encoded, grids_of, listed, 
 LEVEL = 2
 
 
+@contextmanager
+def _not_applicable_for(family: str, refusal: type[ConfigurationError]) -> Iterator[None]:
+    """Turn a refusal of a family's tower into its reason why the check does not apply."""
+    try:
+        yield
+    except refusal as error:
+        raise NotApplicableError(f"it takes no tower of family {family}: {error.message}") from error
+
+
 def _tower(family: str, kit: Kit) -> None:
     """Compare a tower of a family with the reference, on calls that show faults in frames, windows and neighbours."""
-    try:
+    with _not_applicable_for(family, ConfigurationError):
         subject = kit.subject_of(f"tower-{family}", family=family)
+    with _not_applicable_for(family, BackendUnavailableError):
         encoder = subject.open()
-    except ConfigurationError as error:  # as when each of its programs is rejected
-        raise NotApplicableError(f"it takes no tower of family {family}: {error.message}") from error
     with encoder:
         exact = kit.reference_of(subject.checkpoint)
         for grids in grids_of(encoder):

@@ -75,6 +75,32 @@ def test_validation_of_a_good_backend_finds_nothing_and_says_what_the_reference_
     assert certificate.independent == (family != "dots_ocr")  # which transformers does not have
 
 
+FEW = """
+_probe = Backend.probe
+def probe(self, program, device):
+    if any(spec.name == "position_index" for spec in program.inputs):
+        return Rejected("it has no learned positions.", "Choose another backend.")
+    return _probe(self, program, device)
+Backend.probe = probe
+"""
+
+
+def no_source(checkpoint, folder):
+    raise ConfigurationError("its compiler takes no such tower.")
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"), [(None, "it has no learned positions."), (no_source, "its compiler takes no such tower.")]
+)
+def test_the_check_of_a_tower_that_a_backend_refuses_does_not_apply(source, reason, site, tmp_path):
+    install(site, "kit_few", FEW)
+    (check,) = (check for check in CHECKS if check.name == "L2-tower-qwen3_vl")
+    (outcome,) = run_checks(BackendUnderTest("kit_few", source=source), tmp_path / "work", checks=[check])
+    assert outcome.status == "not applicable"
+    assert "it takes no tower of family qwen3_vl" in outcome.detail
+    assert reason in outcome.detail
+
+
 @pytest.mark.parametrize("seed", range(3))
 def test_nothing_is_found_in_a_good_backend(seed, site, tmp_path):
     install(site, GOOD)
