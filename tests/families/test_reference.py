@@ -7,9 +7,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bundles import write_bundle
 from towers import random_patches, reference
 from visionaccel import open_encoder
-from visionaccel.validation import REFERENCE_OPTIONS
+from visionaccel.backends import default_registry
+from visionaccel.bundle import open_bundle
+from visionaccel.validation import open_reference
 from visionaccel_testing.checkpoints import ARCHITECTURES, TINY_TOWERS, random_checkpoint
 
 WITH_EXPERTS = {
@@ -49,9 +52,25 @@ def test_the_embeddings_are_those_of_transformers(tower, grids, seed):
     assert_equal(np.asarray(encoder.encode(patches, grids)), reference(folder, patches, grids))
 
 
-def test_the_reference_of_validation_is_transformers_own_tower(tower):
+def test_the_reference_of_validation_is_transformers_own_tower(tower, tmp_path):
     folder, config, _ = tower
     grids = [(2, 12, 10), (1, 4, 4)]
     patches = random_patches(grids, config)
-    with open_encoder(folder, backend="torch_ref", options=REFERENCE_OPTIONS, isolation="none") as encoder:
-        assert_equal(np.asarray(encoder.encode(patches, grids)), reference(folder, patches, grids))
+    exact = reference(folder, patches, grids)
+    bundle = open_bundle(write_bundle(folder, tmp_path / "bundle", "4x4", self_contained=True))
+    for source in (folder, bundle.tower):
+        encoder, independent = open_reference(source, default_registry())
+        with encoder:
+            assert independent
+            assert_equal(np.asarray(encoder.encode(patches, grids)), exact)
+
+
+def test_without_transformers_class_the_reference_is_the_packages_own_tower_and_says_so(tmp_path, caplog):
+    folder = random_checkpoint(tmp_path / "checkpoint", family="dots_ocr")
+    bundle = open_bundle(write_bundle(folder, tmp_path / "bundle", "4x4", self_contained=True))
+    for source in (folder, bundle.tower):
+        encoder, independent = open_reference(source, default_registry())
+        with encoder:
+            assert not independent
+            assert "no vision tower for DotsOCRForCausalLM. The reference is visionaccel's own" in caplog.text
+        caplog.clear()

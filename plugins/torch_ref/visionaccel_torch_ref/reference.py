@@ -128,10 +128,7 @@ def _own_names(
 
 
 def _require_own_names(weights: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse weights that are stored under other names than transformers': the unknown ones have the missing sizes.
-
-    A bundle with weights stores them under the names of the family's description.
-    """
+    """Refuse weights that are stored under other names than transformers': the unknown ones have the missing sizes."""
     others = [name for name in weights if name not in shapes]
     lacking = [name for name in shapes if name not in weights]
     if lacking and sum(weights[name].numel() for name in others) == sum(math.prod(shapes[name]) for name in lacking):

@@ -10,6 +10,7 @@ from conformance.planted import FIXED, fixed_shapes
 from simulated import simulated_precision
 from visionaccel_flexmlrt.artifact import FLEXMLRT_RAI
 from visionaccel_flexmlrt.simulator import compile_partition
+from visionaccel_testing.checkpoints import TINY_TOWERS
 from visionaccel_testing.conformance import CHECKS, BackendUnderTest, conformance_suite, run_checks
 
 
@@ -52,3 +53,4 @@ def test_programs_of_fixed_shapes_conform(backend, tmp_path):
     assert {outcome.check: outcome.detail for outcome in outcomes if outcome.status == "failed"} == {}
     passed = {outcome.check for outcome in outcomes if outcome.status == "passed"}
     assert {"L1-padding", "L1-partial-windows", "L2-digits", "L2-windows", "L5-tampered"} <= passed
+    assert {f"L2-tower-{family}" for family in TINY_TOWERS} <= passed
