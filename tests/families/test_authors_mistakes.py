@@ -1,6 +1,7 @@
 """An author's mistakes in a family, as its documentation lists them: each error names the entry, step or weight."""
 
 import json
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -9,7 +10,7 @@ from doc_pages import ROOT, rows
 from fake_plugins import find_each_time, install_all
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.errors import VisionAccelError
-from visionaccel.families import GROUP, Tower, registry, tower_of
+from visionaccel.families import GROUP, Tower, family_named, registry, tower_of
 from visionaccel.towers import Activation, Linear
 from visionaccel_testing.checkpoints import random_checkpoint
 
@@ -20,16 +21,24 @@ _, *ROWS = rows(PAGE)
 SAYS = {mistake: said.strip("`") for mistake, said in ROWS}
 
 
-@pytest.fixture
-def tinyvlm(tmp_path, monkeypatch):
+@pytest.fixture(scope="module")
+def example(tmp_path_factory):
     """The example's family and a checkpoint of it."""
-    monkeypatch.syspath_prepend(ROOT / "examples" / "third_party_family")
-    from tinyvlm.family import FAMILY
+    folder = tmp_path_factory.mktemp("example")
+    site = install_all(folder / "site", "tiny", {GROUP: {ARCHITECTURE: "tinyvlm.family:FAMILY"}}, "")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.syspath_prepend(site)
+        patched.syspath_prepend(ROOT / "examples" / "third_party_family")
+        find_each_time(patched, registry._FAMILIES)
+        random_checkpoint(folder / "tower", CONFIG, family="tinyvlm", architecture=ARCHITECTURE)
+        return family_named("tinyvlm"), folder / "tower"
 
-    site = install_all(tmp_path / "site", "tiny", {GROUP: {ARCHITECTURE: "tinyvlm.family:FAMILY"}}, "")
-    monkeypatch.syspath_prepend(site)
-    find_each_time(monkeypatch, registry._FAMILIES)
-    return FAMILY, random_checkpoint(tmp_path / "tower", CONFIG, family="tinyvlm", architecture=ARCHITECTURE)
+
+@pytest.fixture
+def tinyvlm(example, tmp_path):
+    """The family, and a copy of the checkpoint."""
+    family, folder = example
+    return family, shutil.copytree(folder, tmp_path / "tower")
 
 
 def steps(*, up="mlp.up", activation="silu", down=(64, 32)):
@@ -85,12 +94,11 @@ def test_the_error_says_what_the_page_says(tinyvlm, mistake):
     assert SAYS[mistake] in str(raised.value)
 
 
-def test_an_entry_point_of_another_name_is_not_found(tinyvlm, tmp_path):
-    _, folder = tinyvlm
-    (info,) = (tmp_path / "site").glob("*.dist-info")
-    points = info / "entry_points.txt"
-    points.write_text(points.read_text().replace("TinyVLM", "TinyVlm"))
-    registry._FAMILIES._loaded.clear()
+def test_an_entry_point_of_another_name_is_not_found(example, tmp_path, monkeypatch):
+    _, folder = example
+    site = install_all(tmp_path, "tiny", {GROUP: {ARCHITECTURE.upper(): "tinyvlm.family:FAMILY"}}, "")
+    monkeypatch.syspath_prepend(site)
+    find_each_time(monkeypatch, registry._FAMILIES)
     with pytest.raises(VisionAccelError) as raised:
         tower_of(Checkpoint(folder))
     assert SAYS["the entry point has another name"] in str(raised.value)
