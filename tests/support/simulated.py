@@ -10,13 +10,12 @@ import openvino
 import pytest
 
 from visionaccel.core.grid import Grid
-from visionaccel.core.program import FixedGrid, HostSplit, Program
+from visionaccel.core.program import FixedGrid, Program
 from visionaccel.families import Tower
 from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI
 from visionaccel_flexmlrt.simulator import compile_partition
 
 GRID = Grid(1, 8, 12)
-SPLIT = HostSplit("grouped")
 
 
 def simulated_precision() -> Literal["float32", "bfloat16"]:
@@ -41,10 +40,11 @@ def simulated_program(
 ) -> Program:
     """A program of one grid for the simulator; the weights must lie in one folder."""
     coverage = FixedGrid(grid)
+    split = tower.split(coverage)
     partition = folder / "partition.onnx"
     for file in {tensor.file for tensor in tower.weights.values()}:
         shutil.copyfile(file, folder / file.name)  # a hard link would change the state of the checkpoint's file
-    partition.write_bytes(tower.onnx_model(coverage=coverage, host=SPLIT))
+    partition.write_bytes(tower.onnx_model(coverage=coverage, host=split))
     if layout == "rai":
         artifact = binary = folder / "vision.rai"
     else:
@@ -53,7 +53,7 @@ def simulated_program(
         artifact, binary = place / "partition-info.json", place / "simulator.rai"
         artifact.write_text("{}")
     compile_partition(partition, binary, precision)
-    inputs, outputs = tower.signature(coverage, SPLIT)
+    inputs, outputs = tower.signature(coverage, split)
     return Program(
         name="simulated",
         family=tower.family,
@@ -65,7 +65,7 @@ def simulated_program(
         uniform_frames=True,
         coverage=coverage,
         precision=precision,
-        host=SPLIT,
+        host=split,
         device="simulator",
         artifact=artifact,
     )

@@ -4,18 +4,21 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from towers import _reference_tower, random_patches
+from towers import random_patches, reference
 from visionaccel.core.grid import Grid
 from visionaccel.encoder import open_tower
 from visionaccel_bench.encode.operations import count_operations
-from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, hollow_checkpoint
+from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, TINY_TOWERS, hollow_checkpoint, random_checkpoint
 
 
+@pytest.mark.parametrize("family", sorted(TINY_TOWERS.keys() - {"dots_ocr"}))  # of which transformers has no class
 @pytest.mark.parametrize("grids", [[(1, 8, 8)], [(1, 12, 20)], [(3, 6, 10)], [(1, 10, 26), (2, 4, 8)]])
-def test_the_formula_counts_what_the_reference_computes(tiny, grids):
+def test_the_formula_counts_what_the_reference_computes(tmp_path, family, grids):
+    folder = random_checkpoint(tmp_path, family=family)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        _reference_tower(tiny)(torch.from_numpy(random_patches(grids)), torch.tensor(grids))
-    assert count_operations(open_tower(tiny).spec, [Grid(*grid) for grid in grids]).total == counter.get_total_flops()
+        reference(folder, random_patches(grids, TINY_TOWERS[family]), grids)
+    counted = count_operations(open_tower(folder).spec, [Grid(*grid) for grid in grids]).total
+    assert counted == counter.get_total_flops()
 
 
 def test_the_parts_of_the_7b_tower(tmp_path):
