@@ -68,9 +68,10 @@ FAMILY = Family(
     name="qwen3_vl",
     spec=described,
     defaults=DEFAULTS,
+    prefixes=("vlm.model.visual.", "model.visual.", "visual."),
     names={
         f"deepstack_merger_list.{{n}}.{layer}": f"deepstack.{{n}}.{layer}"
         for layer in ("norm", "linear_fc1", "linear_fc2")
     },
 )
-"""Checkpoints of `Qwen3VLForConditionalGeneration` and `Qwen3VLMoeForConditionalGeneration`."""
+"""Checkpoints of `Qwen3VLForConditionalGeneration` and `Qwen3VLMoeForConditionalGeneration`, and of ColQwen3."""

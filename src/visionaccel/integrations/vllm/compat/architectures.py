@@ -36,6 +36,11 @@ def _of_qwen3(model: str) -> Architecture:
     return Architecture(model=f"{_MODELS}.{model}", towers=("Qwen3_VisionTransformer",))
 
 
+_QWEN2_VL = Architecture(
+    model=f"{_MODELS}.qwen2_vl:Qwen2VLForConditionalGeneration", towers=("Qwen2VisionTransformer",)
+)
+_QWEN3_VL = _of_qwen3("qwen3_vl:Qwen3VLForConditionalGeneration")
+_QWEN3_5 = _of_qwen3("qwen3_5:Qwen3_5ForConditionalGeneration")
 _GLM4V = Architecture(
     model=f"{_MODELS}.glm4_1v:Glm4vForConditionalGeneration",
     towers=("Glm4vVisionTransformer",),
@@ -54,22 +59,20 @@ ARCHITECTURES = ArchitectureEntries(
     shown="visionaccel.integrations.vllm.Architecture",
     what="vLLM model",
     own={
-        "Qwen2VLForConditionalGeneration": Architecture(
-            model=f"{_MODELS}.qwen2_vl:Qwen2VLForConditionalGeneration", towers=("Qwen2VisionTransformer",)
-        ),
+        "Qwen2VLForConditionalGeneration": _QWEN2_VL,
         "Qwen2_5_VLForConditionalGeneration": Architecture(
             model=f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration", towers=("Qwen2_5_VisionTransformer",)
         ),
         "Qwen2_5OmniModel": _QWEN2_5_OMNI,
         "Qwen2_5OmniForConditionalGeneration": _QWEN2_5_OMNI,
-        "Qwen3VLForConditionalGeneration": _of_qwen3("qwen3_vl:Qwen3VLForConditionalGeneration"),
+        "Qwen3VLForConditionalGeneration": _QWEN3_VL,
         "Qwen3VLMoeForConditionalGeneration": _of_qwen3("qwen3_vl_moe:Qwen3VLMoeForConditionalGeneration"),
         "Qwen3OmniMoeForConditionalGeneration": Architecture(
             model=f"{_MODELS}.qwen3_omni_moe_thinker:Qwen3OmniMoeThinkerForConditionalGeneration",
             towers=("Qwen3Omni_VisionTransformer",),
             epsilon=("thinker_config", "text_config", "rms_norm_eps"),
         ),
-        "Qwen3_5ForConditionalGeneration": _of_qwen3("qwen3_5:Qwen3_5ForConditionalGeneration"),
+        "Qwen3_5ForConditionalGeneration": _QWEN3_5,
         "Qwen3_5MoeForConditionalGeneration": _of_qwen3("qwen3_5:Qwen3_5MoeForConditionalGeneration"),
         "Glm4vForConditionalGeneration": _GLM4V,
         "Glm4vMoeForConditionalGeneration": replace(
@@ -81,6 +84,12 @@ ARCHITECTURES = ArchitectureEntries(
             epsilon=("vision_config", "rms_norm_eps"),
             usual_epsilon=1e-5,
         ),
+        # Pooling models, whose classes in vLLM are subclasses of those in their rows.
+        "JinaVLForRanking": _QWEN2_VL,
+        "ColQwen3": _QWEN3_VL,
+        "OpsColQwen3Model": _QWEN3_VL,
+        "Qwen3VLNemotronEmbedModel": _QWEN3_VL,
+        "ColQwen3_5": _QWEN3_5,
     },
 )
 """A row for each model, by the architecture under which vLLM registers it; a family must read its checkpoints.
