@@ -182,6 +182,15 @@ def test_options_of_a_request_count_as_they_do_with_vllms_own_encoder(processed)
     assert len(processed({"max_pixels": 3136})) < len(usual)
 
 
+def test_a_model_that_vllm_cannot_normalise_on_its_device_obeys_all_options(processed, monkeypatch):
+    usual = processed({})
+    stock = architectures.stock_class("Qwen2_5_VLForConditionalGeneration")
+    monkeypatch.setattr(stock, "supports_mm_device_do_normalize", False)
+    for options in ({"do_normalize": False}, {"do_rescale": False}):
+        assert not torch.equal(processed(options), usual)
+        assert not torch.equal(processed({}, options), usual)
+
+
 @pytest.mark.parametrize(
     "options",
     [

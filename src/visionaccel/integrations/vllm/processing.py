@@ -23,8 +23,7 @@ from visionaccel.core.tower_spec import TowerSpec
 from visionaccel.errors import InputError, UnfitGridError
 from visionaccel.images import Fitter, as_rgb
 from visionaccel.integrations.vllm import compat
-from visionaccel.integrations.vllm.compat import engine_config
-from visionaccel.integrations.vllm.compat.architectures import ARCHITECTURES
+from visionaccel.integrations.vllm.compat import architectures, engine_config
 from visionaccel.integrations.vllm.compat.serving import errors_for_clients, image_size
 from visionaccel.integrations.vllm.encoder_source import Grids, grids_of, served_spec
 from visionaccel.integrations.vllm.published_metrics import publish
@@ -179,10 +178,12 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
     def _applying(self, options: Mapping[str, Any]) -> Mapping[str, Any]:
         """Return the options, of the server or a request, that vLLM's own encoder would not ignore.
 
-        If it normalises pixels on its device, it only uses the checkpoint's processor configuration for that.
+        If it normalises pixels on its device, which not every model can, it only uses the checkpoint's processor
+        configuration for that.
         """
         on_device = getattr(self.ctx.model_config.get_multimodal_config(), "mm_device_do_normalize", None) is not None
-        ignores = on_device and not engine_config.without_python_processor()
+        can = architectures.stock_class(self._served.replaces or "").supports_mm_device_do_normalize
+        ignores = on_device and can and not engine_config.without_python_processor()
         return _without_normalisation(options) if ignores else options
 
     def _pixel_bounds(self) -> tuple[int, int]:
@@ -193,7 +194,7 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
             size |= {name: value for name, value in dict(options.get("size") or {}).items() if value is not None}
             size |= {entry: options[name] for entry, name in _LIMITS if options.get(name) is not None}
         least, most = (int(size[entry]) for entry, _ in _LIMITS)
-        counts_frames = ARCHITECTURES[self._served.replaces or ""].limits_count_frames
+        counts_frames = architectures.ARCHITECTURES[self._served.replaces or ""].limits_count_frames
         frames = self.grids.tower.spec.temporal if self.grids is not None and counts_frames else 1
         return -(-least // frames), most // frames
 
