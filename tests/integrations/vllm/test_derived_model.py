@@ -46,7 +46,7 @@ def test_a_model_and_its_processing_are_derived_from_what_vllm_registered(archit
 def test_only_the_prefixes_of_the_architectures_family_tell_vision_tensors(architecture):
     derived = getattr(model, architectures.derived_name(architecture))
     instance = derived.__new__(derived)
-    places = ("visual.", "model.visual.", "vlm.model.visual.", "thinker.visual.", "vision_tower.", "visualizer.", "model.")
+    places = ("visual.", "model.visual.", "vlm.model.visual.", "thinker.visual.", "vision_tower.", "visuals.", "model.")
     kept = [name for name, _ in instance._without_tower(((f"{place}x", None) for place in places), None)]
     ours = family_for(architecture).prefixes
     assert kept == [f"{place}x" for place in places if place not in ours]
