@@ -4,6 +4,7 @@ import errno
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import time
@@ -16,15 +17,17 @@ from typer.testing import CliRunner
 
 from bundles import reseal, write_bundle
 from gated import wait_until
-from towers import random_patches, reference
+from towers import lowest_cosine, random_patches, reference
 from visionaccel import open_encoder
-from visionaccel.bundle import GOLDEN_FILE, open_bundle, read_golden, write_golden
+from visionaccel.bundle import GOLDEN_FILE, Golden, open_bundle, read_golden, write_golden
 from visionaccel.bundle import folder as folder_module
 from visionaccel.cli.app import app
+from visionaccel.core.grid import Grid
 from visionaccel.errors import BundleError, ChangedFileError, ConfigurationError, DeviceError
 from visionaccel.service import open_guarded
 from visionaccel.settings import Settings
-from visionaccel.trust import Canary, drift_of
+from visionaccel.trust import Canary, ChainLink, Shadow, drift_of
+from visionaccel_testing.checkpoints import TINY_TOWERS, random_checkpoint
 
 GRID = (1, 6, 10)
 
@@ -294,6 +297,32 @@ def test_a_level_that_is_wrong_does_not_hide_behind_a_much_larger_embedding():
     assert "at token 2, deepstack level 1, as are 1 of 4 tokens" in drift_of(swapped, rows, 0.9, 8)[1]
     assert "the length of token 1, deepstack level 2 is off by 100.00%" in drift_of(longer, rows, 0.9, 8)[1]
     assert drift_of(swapped, rows, 0.9, 24)[1] is None, "as one row, the embedding outweighs the levels"
+
+
+def test_a_canary_and_a_shadow_find_a_level_that_is_that_of_other_tokens(tmp_path):
+    loud = {"merger.linear_fc2.weight": 1000.0}  # only the embedding's, not the levels'
+    folder, grid = random_checkpoint(tmp_path / "checkpoint", family="qwen3_vl", scales=loud), Grid(1, 6, 10)
+    patches, width = random_patches([grid.thw], TINY_TOWERS["qwen3_vl"]), 24
+
+    def wrong(*arguments):
+        rows = np.array(encoder.encode(*arguments))
+        rows[:, width : 2 * width] = rows[::-1, width : 2 * width]
+        return rows
+
+    with open_encoder(folder, backend="torch_ref") as exact, open_encoder(folder, backend="onnxrt") as encoder:
+        rows = np.asarray(exact.encode(patches, [grid]))
+        assert lowest_cosine(wrong(patches, [grid]), rows) > 0.9999, "the embedding outweighs the level"
+        image = Golden("an image", "", (grid,), patches, rows, 0.9999)
+        assert Canary([image]).check(encoder, encoder.encode, quick=False).failure is None
+        failure = Canary([image]).check(encoder, wrong, quick=False).failure
+        assert re.search(r"lowest cosine -?0\.\d+ is under 0\.9999, at token \d+, deepstack level 1", failure)
+
+        link, shadow = ChainLink("onnxrt", encoder), Shadow(1.0, 0.9999, ChainLink("exact", exact))
+        for offered, drifted in ((encoder.encode, 0), (wrong, 1)):
+            shadow.offer(link, patches, grid, offered(patches, [grid]))
+            wait_until(lambda number=drifted: shadow.compared == number + 1)
+            assert (shadow.drifted, link.breaker.closed) == (drifted, not drifted)
+        shadow.close()
 
 
 def test_closing_ends_what_looks_after_the_device(bundle, tmp_path, caplog):

@@ -96,7 +96,7 @@ class DriftReport:
     Attributes:
         source: `canary` for golden images, `shadow` for a request that the reference encoded too.
         encoded: Whether anything was compared; otherwise `lowest_cosine` means nothing.
-        lowest_cosine: The lowest cosine of a token; -1 if the encode failed.
+        lowest_cosine: The lowest cosine of a token or deepstack level; -1 if the encode failed.
         limit: The lowest cosine that passes.
         passed: Whether it passed.
         seconds: How long the comparison took, encodes included.
