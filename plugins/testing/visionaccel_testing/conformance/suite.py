@@ -18,10 +18,10 @@ from visionaccel_testing.conformance.faults import FAULTS
 from visionaccel_testing.conformance.interface import INTERFACE
 from visionaccel_testing.conformance.kit import Kit
 from visionaccel_testing.conformance.life_cycle import LIFE_CYCLE
+from visionaccel_testing.conformance.mechanisms import MECHANISMS
 from visionaccel_testing.conformance.numbers import NUMBERS
 from visionaccel_testing.conformance.shapes import SHAPES
 from visionaccel_testing.conformance.speed import SPEED
-from visionaccel_testing.conformance.towers import TOWERS
 
 if TYPE_CHECKING:
     import pytest
@@ -31,7 +31,7 @@ CHECKS: tuple[Check, ...] = tuple(
     for level in (
         INTERFACE.found,
         SHAPES.found,
-        (*NUMBERS.found, *TOWERS),
+        (*NUMBERS.found, *MECHANISMS),
         DETERMINISM.found,
         LIFE_CYCLE.found,
         FAULTS.found,

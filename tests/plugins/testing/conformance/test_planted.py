@@ -97,7 +97,7 @@ def test_the_check_of_a_tower_that_a_backend_refuses_does_not_apply(source, reas
     (check,) = (check for check in CHECKS if check.name == "L2-tower-qwen3_vl")
     (outcome,) = run_checks(BackendUnderTest("kit_few", source=source), tmp_path / "work", checks=[check])
     assert outcome.status == "not applicable"
-    assert "it takes no tower of family qwen3_vl" in outcome.detail
+    assert "it does not accept a tower of family qwen3_vl" in outcome.detail
     assert reason in outcome.detail
 
 

@@ -17,8 +17,6 @@ from visionaccel_testing.checkpoints import TINY_TOWERS
 from visionaccel_testing.conformance.check import Check, NotApplicableError
 from visionaccel_testing.conformance.kit import Kit, encoded, grids_of, listed, patches_for
 
-LEVEL = 2
-
 
 @contextmanager
 def _not_applicable_for(family: str, refusal: type[ConfigurationError]) -> Iterator[None]:
@@ -26,7 +24,7 @@ def _not_applicable_for(family: str, refusal: type[ConfigurationError]) -> Itera
     try:
         yield
     except refusal as error:
-        raise NotApplicableError(f"it takes no tower of family {family}: {error.message}") from error
+        raise NotApplicableError(f"it does not accept a tower of family {family}: {error.message}") from error
 
 
 def _tower(family: str, kit: Kit) -> None:
@@ -43,9 +41,13 @@ def _tower(family: str, kit: Kit) -> None:
             kit.compare(found, wanted, f"a tower of family {family}, grids {listed(grids)}", encoder)
 
 
-TOWERS = tuple(
-    Check(LEVEL, f"L{LEVEL}-tower-{family}", f"Every token of a tower of family `{family}` is that close too", run)
+MECHANISMS = tuple(
+    Check(
+        level=2,
+        name=f"L2-tower-{family}",
+        title=f"Every token of a tower of family `{family}` is as close to the reference as its precision promises",
+        run=partial(_tower, family),
+    )
     for family in TINY_TOWERS
-    for run in [partial(_tower, family)]
 )
 """A check for each family."""
