@@ -28,7 +28,7 @@ napoleon_use_rtype = False
 CONTENTS = {
     "Use it": [
         "quick-start", "vllm", "pipelined", "ways-into-vllm", "/examples/disaggregated/README", "trust", "observe",
-        "compatibility", "bundles", "troubleshooting",
+        "compatibility", "matrix", "bundles", "troubleshooting",
     ],
     "Hardware": ["ryzen-ai", "vitisai", "intel", "simulated"],
     "Backends": [

@@ -4,7 +4,7 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -100,3 +100,16 @@ def told() -> Iterator[Told]:
     plugins.register(observer)
     yield observer
     plugins.unregister(observer)
+
+
+@pytest.fixture
+def ran(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """Record, once, that a backend computed forms of a family's tower: `docs/matrix.md` shows them."""
+
+    def record(family: str, backend: str, *forms: str) -> None:
+        for form in forms:
+            found = (f"ran: {family}: {backend}: {form}", 1)
+            if found not in request.node.user_properties:
+                request.node.user_properties.append(found)
+
+    return record

@@ -16,9 +16,10 @@ VENV = Path(__file__).parents[1] / ".venv"
 
 def _differences(now: Evidence, then: Evidence) -> Iterator[str]:
     """Yield a line for each difference. Of the kit only badges are compared: which checks apply depends on the CPU."""
-    for what in sorted(now.shown.keys() | then.shown.keys()):
-        if now.shown.get(what) != then.shown.get(what):
-            yield f"{what}: the pages say {then.shown.get(what)}, this run showed {now.shown.get(what)}"
+    for here, there in ((now.shown, then.shown), (now.ran, then.ran)):
+        for what in sorted(here.keys() | there.keys()):
+            if here.get(what) != there.get(what):
+                yield f"{what}: the pages say {there.get(what)}, this run showed {here.get(what)}"
     for backend in sorted(now.badges.keys() & then.badges.keys()):
         if now.badges[backend].badge != then.badges[backend].badge:
             yield f"{backend}: the pages say {then.badges[backend].badge}, this run showed {now.badges[backend].badge}"

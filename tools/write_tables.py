@@ -15,6 +15,7 @@ from docsite.api import api_index
 from docsite.catalogue import error_catalogue, error_table
 from docsite.commands import command_reference
 from docsite.evidence import badge_table, evidence_table
+from docsite.matrix import form_table
 from docsite.tables import (
     backend_options,
     backend_table,
@@ -26,6 +27,7 @@ from docsite.tables import (
     settings_table,
 )
 from visionaccel.bundle import SCHEMA_VERSION, json_schema
+from visionaccel_testing.checkpoints import TINY_TOWERS
 
 __all__ = ["written"]
 
@@ -45,6 +47,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "errors": error_table,
     "evidence": evidence_table,
     "features": feature_table,
+    "forms of families": lambda: form_table(TINY_TOWERS),
     "metrics": metrics_table,
     "models in vLLM": model_table,
     "settings": lambda: settings_table().replace("](docs/", "]("),

@@ -103,12 +103,13 @@ def split(case, tmp_path_factory):
         ("split", "openvino"),
     ],
 )
-def test_every_form_computes_the_tower(request, case, form, backend):
+def test_every_form_computes_the_tower(request, case, form, backend, ran):
     bundle = request.getfixturevalue(form)
     with open_encoder(bundle, backend=backend, isolation="none") as encoder:
         assert len(encoder.programs) == len(bundle.manifest.programs)
         for grids in (FIXED, BUCKET) if form == "split" else (FIXED, BUCKET, ANY):
             case.compare(np.asarray(encoder.encode(case.patches(grids), grids)), grids)
+    ran(case.family, backend, *(["split"] if form == "split" else ["fixed grid", "bucket", "any grid"]))
 
 
 def test_a_program_for_any_grid_is_valid_onnx(case, standard):
@@ -130,22 +131,24 @@ def test_of_a_split_program_the_host_embeds_patches_and_adds_positions(split):
     assert stored & set(split.tower.weights)
 
 
-def test_the_simulated_npu_runs_split_programs(case, tmp_path):
+def test_the_simulated_npu_runs_split_programs(case, tmp_path, ran):
     tower, grids = open_tower(case.folder), [Grid(1, 10, 18)]
     program = simulated_program(tower, tmp_path, grids[0])
     host = tower.host(program)
     with closing(FlexMLRTBackend().open(program, "simulator", FlexMLRTOptions())) as session:
         outputs = session.run(host.inputs(case.patches(FIXED), grids))
     case.compare(host.embeddings(outputs, grids), FIXED)
+    ran(case.family, "flexmlrt", "split, simulated")
 
 
-def test_a_self_contained_bundle_in_bfloat16_runs_in_a_child_process(case, tmp_path):
+def test_a_self_contained_bundle_in_bfloat16_runs_in_a_child_process(case, tmp_path, ran):
     tower = open_tower(case.folder)
     bundle = export_bundle(tower, tmp_path / "b", case.requests()[:1], self_contained=True, precision="bfloat16")
     held, stored = ({tensor.name for tensor in each.weights.values()} for each in (bundle.tower, tower))
     assert held == stored
     with open_encoder(bundle, backend="onnxrt", isolation="process") as encoder:
         case.compare(np.asarray(encoder.encode(case.patches(FIXED), FIXED)), FIXED, 0.05)
+    ran(case.family, "onnxrt", "fixed grid in bfloat16")
 
 
 def test_every_form_passes_validation_against_transformers(case, standard, caplog):
@@ -167,12 +170,13 @@ def images(tmp_path_factory):
 
 
 @pytest.mark.parametrize("target", ["onnxrt", "openvino"])
-def test_programs_are_quantised(case, images, tmp_path, target):
+def test_programs_are_quantised(case, images, tmp_path, target, ran):
     dialect = "microsoft" if target == "onnxrt" else "standard"
     requests = [ProgramRequest(AnyGrid(), dialect=dialect)]
     bundle = export_bundle(open_tower(case.folder), tmp_path / "float32", requests)
     quantised = quantize_bundle(bundle, tmp_path / "int8", [images], target=target)
     assert quantised.manifest.certificate.passed
+    ran(case.family, target, "any grid in int8")
     (program,) = quantised.programs([ONNX, ONNX_STANDARD])
     model = onnx.load_model_from_string(program.model())
     integers = {tensor.name for tensor in model.graph.initializer if tensor.data_type == onnx.TensorProto.INT8}

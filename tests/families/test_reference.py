@@ -46,10 +46,11 @@ def assert_equal(found, exact):
 
 @given(grids=GRIDS, seed=st.integers(0, 2**16))
 @settings(max_examples=20, deadline=None)
-def test_the_embeddings_are_those_of_transformers(tower, grids, seed):
+def test_the_embeddings_are_those_of_transformers(tower, grids, seed, ran):
     folder, config, encoder = tower
     patches = random_patches(grids, config, seed)
     assert_equal(np.asarray(encoder.encode(patches, grids)), reference(folder, patches, grids))
+    ran(encoder.tower.family, "torch_ref", "any grid")
 
 
 def test_the_reference_of_validation_is_transformers_own_tower(tower, tmp_path):

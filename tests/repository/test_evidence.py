@@ -10,6 +10,7 @@ from docsite.evidence import Badge, Evidence, committed, found_in
 JUNIT = """<testsuites><testsuite>
 <testcase name="a"><properties>
   <property name="evidence: prompts" value="22"/><property name="other" value="5"/>
+  <property name="ran: qwen2_vl: onnxrt: split" value="1"/><property name="ran: qwen2_vl: onnxrt: bucket" value="1"/>
 </properties></testcase>
 <testcase name="b"><properties><property name="evidence: prompts" value="3"/></properties></testcase>
 <testcase name="c"><properties><property name="evidence: prompts" value="9"/></properties><failure/></testcase>
@@ -20,7 +21,9 @@ JUNIT = """<testsuites><testsuite>
 def test_numbers_of_passing_tests_are_added_up(tmp_path):
     (tmp_path / "unit.xml").write_text(JUNIT)
     (tmp_path / "e2e.xml").write_text(JUNIT)
-    assert found_in(tmp_path, tmp_path / "none") == Evidence({"prompts": 50}, {})
+    assert found_in(tmp_path, tmp_path / "none") == Evidence(
+        {"prompts": 50}, {}, {"qwen2_vl: onnxrt": ["bucket", "split"]}
+    )
 
 
 @pytest.fixture
@@ -29,7 +32,8 @@ def run(tmp_path, monkeypatch):
     (tmp_path / "results").mkdir()
     (tmp_path / "results" / "unit.xml").write_text(JUNIT)
     pages = tmp_path / "evidence.json"
-    pages.write_text(json.dumps({"shown": {"prompts": 25}, "badges": {}}))
+    ran = {"qwen2_vl: onnxrt": ["bucket", "split"]}
+    pages.write_text(json.dumps({"shown": {"prompts": 25}, "badges": {}, "ran": ran}))
     monkeypatch.setattr(evidence, "VENV", tmp_path)
     monkeypatch.setattr(evidence, "EVIDENCE", pages)
     monkeypatch.setattr("docsite.evidence.EVIDENCE", pages)
@@ -47,9 +51,16 @@ def test_a_run_that_shows_less_fails_and_says_what(run, capsys):
     assert "prompts: the pages say 25, this run showed 24" in capsys.readouterr().out
 
 
+def test_a_form_that_did_not_run_fails_and_is_named(run, capsys):
+    (run / "results" / "unit.xml").write_text(JUNIT.replace("onnxrt: split", "onnxrt: bucket"))
+    assert evidence.main() == 1
+    said = "qwen2_vl: onnxrt: the pages say ['bucket', 'split'], this run showed ['bucket']"
+    assert said in capsys.readouterr().out
+
+
 def test_a_badge_that_changed_fails_and_checks_that_do_not_apply_here_do_not(run, monkeypatch, capsys):
     def badges(**found):
-        return Evidence({"prompts": 25}, {name: Badge(*badge, "") for name, badge in found.items()})
+        return Evidence({"prompts": 25}, {name: Badge(*badge, "") for name, badge in found.items()}, {})
 
     monkeypatch.setattr(evidence, "committed", lambda: badges(onnxrt=("Gold", 40, 40), bfloat16=("Gold", 40, 40)))
     monkeypatch.setattr(evidence, "found_in", lambda *_: badges(onnxrt=("Gold", 38, 38)))
@@ -63,4 +74,4 @@ def test_what_a_run_shows_can_be_written(run, monkeypatch):
     (run / "results" / "unit.xml").write_text(JUNIT.replace('"22"', '"21"'))
     monkeypatch.setattr("sys.argv", ["evidence.py", "--write"])
     assert evidence.main() == 0
-    assert committed() == Evidence({"prompts": 24}, {})
+    assert committed() == Evidence({"prompts": 24}, {}, {"qwen2_vl: onnxrt": ["bucket", "split"]})

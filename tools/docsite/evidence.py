@@ -1,7 +1,7 @@
 """The results of a run of all tests, from `docs/evidence.json`, and tables that show them."""
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -9,11 +9,14 @@ from xml.etree import ElementTree  # nosec B405 # reads what pytest has written
 
 from visionaccel_testing.conformance.report import ConformanceReport
 
-__all__ = ["EVIDENCE", "PROPERTY", "Badge", "Evidence", "badge_table", "committed", "evidence_table", "found_in"]
+__all__ = ["EVIDENCE", "PROPERTY", "RAN", "Badge", "Evidence", "badge_table", "committed", "evidence_table", "found_in"]
 
 EVIDENCE = Path(__file__).parents[2] / "docs" / "evidence.json"
 PROPERTY = "evidence: "
 """Prefix of the properties that tests record. The name says what was shown, the value on how many prompts or files."""
+
+RAN = "ran: "
+"""Prefix of the properties `ran: FAMILY: BACKEND: FORM`: the backend computed that form of the family's tower."""
 
 
 class Badge(NamedTuple):
@@ -31,16 +34,18 @@ class Evidence(NamedTuple):
     Attributes:
         shown: The sum of the numbers that passing tests recorded, by what they show.
         badges: For each backend that the conformance kit checked.
+        ran: The forms of a family's tower that a backend computed, by `FAMILY: BACKEND`.
     """
 
     shown: dict[str, int]
     badges: dict[str, Badge]
+    ran: dict[str, list[str]]
 
 
 def committed() -> Evidence:
     """Return the evidence that the pages show."""
     found = json.loads(EVIDENCE.read_text())
-    return Evidence(found["shown"], {name: Badge(*badge) for name, badge in found["badges"].items()})
+    return Evidence(found["shown"], {name: Badge(*badge) for name, badge in found["badges"].items()}, found["ran"])
 
 
 def found_in(results: Path, reports: Path) -> Evidence:
@@ -51,24 +56,28 @@ def found_in(results: Path, reports: Path) -> Evidence:
         reports: A folder with reports of the conformance kit.
     """
     shown: Counter[str] = Counter()
+    ran: dict[str, set[str]] = defaultdict(set)
     for path in sorted(results.glob("*.xml")):
         for name, value in _recorded(path):
-            shown[name] += int(value)
+            if name.startswith(PROPERTY):
+                shown[name.removeprefix(PROPERTY)] += int(value)
+            elif name.startswith(RAN):
+                where, _, form = name.removeprefix(RAN).rpartition(": ")
+                ran[where].add(form)
     badges = {}
     for path in sorted(reports.glob("*.json")):
         report = ConformanceReport.model_validate_json(path.read_text())
         applies = [result for result in report.results if result.status != "not applicable"]
         passed = sum(result.status == "passed" for result in applies)
         badges[report.backend] = Badge(str(report.badge), passed, len(applies), report.missing)
-    return Evidence(dict(sorted(shown.items())), badges)
+    return Evidence(dict(sorted(shown.items())), badges, {where: sorted(ran[where]) for where in sorted(ran)})
 
 
 def _recorded(path: Path) -> Iterator[tuple[str, str]]:
     for case in ElementTree.parse(path).iter("testcase"):  # nosec B314 # as above
         if all(case.find(outcome) is None for outcome in ("failure", "error", "skipped")):
             for each in case.iter("property"):
-                if each.get("name", "").startswith(PROPERTY):
-                    yield each.get("name", "").removeprefix(PROPERTY), each.get("value", "0")
+                yield each.get("name", ""), each.get("value", "0")
 
 
 def evidence_table() -> str:

@@ -58,7 +58,7 @@ def towers(request, process_groups, tmp_path_factory):
 
 @given(triples=grid_lists(most_frames=1))
 @settings(max_examples=15)
-def test_embeddings_are_those_of_vllms_tower(towers, triples):
+def test_embeddings_are_those_of_vllms_tower(towers, triples, ran):
     encoder, theirs = towers
     patches = random_patches(triples, TINY)
     with torch.inference_mode():
@@ -66,6 +66,7 @@ def test_embeddings_are_those_of_vllms_tower(towers, triples):
     ours = np.asarray(encoder.encode(patches, triples))
     assert ours.shape == exact.shape
     assert np.abs(ours - exact).max() <= 1e-5 * np.abs(exact).max()
+    ran("dots_ocr", "torch_ref", "any grid")
 
 
 def test_defaults_are_vllms():

@@ -1,0 +1,46 @@
+"""A table of what ran of each family: the forms of its tower on each backend."""
+
+from collections.abc import Iterable
+from itertools import product
+
+from docsite.evidence import committed
+
+__all__ = ["form_table"]
+
+_FORMS = ("any grid", "bucket", "fixed grid", "split", "fixed grid in bfloat16", "any grid in int8", "split, simulated")
+_BACKENDS = ("torch_ref", "onnxrt", "openvino", "flexmlrt")
+
+ABSENT: dict[tuple[str, str], str] = {}
+"""Why a combination that others have did not run, by row and column."""
+
+
+def form_table(families: Iterable[str]) -> str:
+    """Return a table with a row for each form that a backend ran, and a column for each family."""
+    families, ran = list(families), committed().ran
+    lines = []
+    for backend, form in product(_BACKENDS, _FORMS):
+        found = [form in ran.get(f"{family}: {backend}", ()) for family in families]
+        if any(found):
+            cells = [
+                "yes" if ok else _reason(f"{backend}, {form}", family)
+                for family, ok in zip(families, found, strict=True)
+            ]
+            lines.append((f"`{backend}`", form, *cells))
+    return _table(("backend", "form", *(f"`{family}`" for family in families)), lines)
+
+
+def _reason(row: str, column: str) -> str:
+    """Return why a combination did not run.
+
+    Raises:
+        ValueError: If that is not known: the page must not pass over it.
+    """
+    if (row, column) not in ABSENT:
+        raise ValueError(f"no result of {row} and {column}, and ABSENT does not say why")
+    return ABSENT[row, column]
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    heads = list(heads)
+    lines = [heads, ["---"] * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
