@@ -59,12 +59,12 @@ class EmbeddingsForStep(ECConnectorMetadata):  # type: ignore[misc]
 
 @dataclass(frozen=True, slots=True)
 class _Item:
-    """An image or video of a request."""
+    """An image, video or sound of a request."""
 
     identifier: str  # vLLM's key for its encoder output
     end: int  # where its tokens end in the prompt
     wanted: WantedItem | None  # what to encode; None if the scheduler's process does not have the pixels
-    given: bool  # whether its embeddings come with the request
+    encoded: bool  # whether the vision encoder encodes it: it is not audio, and its embeddings were not sent
 
 
 class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
@@ -160,8 +160,8 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
         rows = self._pending_images.get(identifier)
         if rows is None:
             item = self._items_of(request)[index]
-            self._inline += not item.given
-            if self._inline == 1 and not item.given:
+            self._inline += item.encoded
+            if self._inline == 1 and item.encoded:
                 why = "its pixels do not pass the scheduler" if item.wanted is None else "it was evicted just now"
                 compat.logger().warning("An image is encoded in the engine's step, because %s: %s.", why, identifier)
         else:
@@ -238,11 +238,12 @@ class VisionAccelConnector(ECConnectorBase):  # type: ignore[misc]
 
     def _item(self, feature: Any, label: str) -> _Item:
         item, place = scheduling.scheduled_item(feature), feature.mm_position
-        given = any(name.endswith("embeds") or name == "embedding" for name in feature.data or ())
+        sent = any(name.endswith("embeds") or name == "embedding" for name in feature.data or ())
+        encoded = feature.modality in ("image", "video") and not sent
         wanted = None
         if item.pixels is not None and isinstance(item.pixels, torch.Tensor):
             wanted = WantedItem(item.identifier, label, item.pixels, as_grids(item.grid)[0])
-        return _Item(item.identifier, place.offset + place.length, wanted, given)
+        return _Item(item.identifier, place.offset + place.length, wanted, encoded)
 
     def _guessed_holders(self, identifier: str) -> Collection[str] | None:
         return () if identifier in self._cached else None

@@ -19,6 +19,7 @@ from visionaccel.service import item_key
 from visionaccel.settings import load_settings
 
 if TYPE_CHECKING:
+    import torch
     from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.outputs import ModelRunnerOutput
 
@@ -34,7 +35,8 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._faults = FaultReader(engine_config.served_model(self.vllm_config).engine)
+        served = engine_config.served_model(self.vllm_config)
+        self._faults, self._dtype = FaultReader(served.engine), served.dtype
         self._in_flight: list[scheduling.StepInFlight] = []
         self._item_faults: list[Fault] = []
         self._orders: list[Replacement] = []
@@ -146,7 +148,7 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         faults, self._item_faults = self._item_faults, []
         if not faults:
             return
-        faulty = _faulty((item for step in self._in_flight for item in step.items), faults)
+        faulty = _faulty((item for step in self._in_flight for item in step.items), faults, self._dtype)
         reasons = {}
         for name, identifiers in scheduling.requests_at_stake(self, self._in_flight, faulty).items():
             messages = " ".join(sorted({faulty[identifier] for identifier in identifiers}))
@@ -159,18 +161,19 @@ class _Containment(compat.Mixin):  # type: ignore[misc]
         self._forgotten |= faulty.keys()
 
 
-def _faulty(items: Iterable[scheduling.ScheduledItem], faults: list[Fault]) -> dict[str, str]:
-    """Return the identifiers of the faulty items, and why each failed."""
+def _faulty(items: Iterable[scheduling.ScheduledItem], faults: list[Fault], dtype: torch.dtype) -> dict[str, str]:
+    """Return the identifiers of the faulty items, and why each failed; `dtype` is that of the language model."""
     messages = {fault.key: fault.message for fault in faults}
     found: dict[str, str] = {}
     seen, matched = set(), set()
     for item in items:
         seen.add(item.identifier)
         if item.pixels is not None:
-            key = item_key(item.pixels, as_grids(item.grid)[0])
-            if key in messages:
-                found[item.identifier] = messages[key]
-                matched.add(key)
+            (grid,) = as_grids(item.grid)
+            # Some models cast pixels before they call their tower.
+            keys = {item_key(pixels, grid) for pixels in (item.pixels, item.pixels.to(dtype))} & messages.keys()
+            found |= dict.fromkeys([item.identifier] if keys else [], " ".join(messages[key] for key in keys))
+            matched |= keys
     if matched != set(messages):
         # It is not known which item is faulty: one error too many is better than one wrong answer.
         return dict.fromkeys(seen, " ".join(messages.values())) | found

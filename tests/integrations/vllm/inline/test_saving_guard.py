@@ -22,7 +22,7 @@ class Connector:
 @pytest.fixture
 def connector():
     connector = Connector()
-    guard_saving(connector)
+    guard_saving(connector, 8)
     return connector
 
 
@@ -47,6 +47,24 @@ def test_faulty_embeddings_are_not_saved(connector, dtype, fault):
     embedding[1, 1] = 0.0 if fault == 0.0 else 1.0
     save(connector, {"a": embedding}, "a")
     assert connector.saved == []
+
+
+@pytest.mark.parametrize("fault", [0.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_an_embedding_with_a_faulty_deepstack_level_is_not_saved(connector, block, fault):
+    embedding = torch.arange(1.0, 97).reshape(4, 24)
+    save(connector, {"a": embedding}, "a")
+    embedding[:, 8 * block : 8 * block + 8] = 0
+    embedding[1, 8 * block + 3] = fault
+    save(connector, {"b": embedding}, "b")
+    assert [name for name, *_ in connector.saved] == ["a"]
+
+
+def test_what_another_tower_of_the_model_encoded_is_judged_as_a_whole(connector):
+    audio = torch.zeros(2, 12)
+    audio[:, 0] = 1
+    save(connector, {"a": audio}, "a")
+    assert len(connector.saved) == 1
 
 
 def test_a_refused_embedding_is_not_published_from_the_cache_either(connector):
@@ -86,7 +104,7 @@ def test_a_cache_need_not_be_given(connector):
 
 def test_guarding_twice_is_guarding_once(connector):
     guarded = connector.save_caches
-    guard_saving(connector)
+    guard_saving(connector, 8)
     assert connector.save_caches is guarded
 
 
@@ -96,7 +114,7 @@ def test_the_guard_fits_vllms_connector(tmp_path):
 
     connector = ECExampleConnector.__new__(ECExampleConnector)
     connector._is_producer, connector._storage_path = True, str(tmp_path)
-    guard_saving(connector)
+    guard_saving(connector, 8)
     cache = {"good": torch.ones(2, 3), "faulty": torch.zeros(2, 3)}
     for name in cache:
         save(connector, cache, name)

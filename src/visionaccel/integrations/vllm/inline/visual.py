@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import math
 import threading
 import time
 import weakref
@@ -144,8 +143,8 @@ class LateOpening:
 class AcceleratedTower(nn.Module):
     """Encodes in the engine's step. It has no parameters, and loads no tensors of a checkpoint.
 
-    vLLM reads `spatial_merge_size`, `out_hidden_size`, and the `dtype` and `device` of the embeddings, which are those
-    of the language model.
+    vLLM reads `spatial_merge_size`, `out_hidden_size`, `deepstack_visual_indexes`, and the `dtype` and `device` of the
+    embeddings, which are those of the language model.
 
     If it `receives` embeddings through an EC connector, vLLM's profiling run gets zeros, and the encoder is opened when
     the connector first lacks an embedding.
@@ -161,7 +160,8 @@ class AcceleratedTower(nn.Module):
         self._used: StoredWeights | None = StoredWeights(self._source, self._prefixes)
         tower = self._source.tower
         self.spatial_merge_size = tower.merge_size
-        self.out_hidden_size = tower.out_width
+        self.out_hidden_size = tower.out_width  # with the deepstack levels, as in vLLM
+        self.deepstack_visual_indexes = tower.spec.deepstack
         self.dtype = served.dtype
         self.device = torch.device(served.device)
         self.budget = StepBudget()
@@ -270,7 +270,7 @@ class AcceleratedTower(nn.Module):
         grid, patches = grids[item], split_rows(x, [each.patches for each in grids])[item]
         connector = worker.worker_connector()
         if connector is not None and connector.is_producer:
-            guard_saving(connector)
+            guard_saving(connector, self._source.tower.spec.out)
         if not self._report(Fault(item_key(patches, grid), error.message)):
             raise error
         compat.logger().error("An image of grid %s could not be encoded: %s", grid, error)
@@ -300,8 +300,10 @@ class AcceleratedTower(nn.Module):
         return report_fault(fault, self._engine)
 
 
-def guard_saving(connector: Any) -> None:
+def guard_saving(connector: Any, width: int) -> None:
     """Have a worker's EC connector publish no embedding that is all zeros or has non-finite values; once.
+
+    A deepstack level that is all zeros counts, too; `width` is that of an embedding and of each level next to it.
 
     The tower returns zeros for an item that it could not encode; a real encoder never does. vLLM's runners pass each
     new embedding to `save_caches` before the scheduler has read the fault. `start_save_caches` publishes what earlier
@@ -323,7 +325,7 @@ def guard_saving(connector: Any) -> None:
     @functools.wraps(save)
     def save_caches(encoder_cache: dict[str, torch.Tensor], mm_hash: str, **kwargs: Any) -> None:
         embedding = encoder_cache[mm_hash]
-        if _sound(embedding):
+        if _sound(embedding, width):
             save(encoder_cache=encoder_cache, mm_hash=mm_hash, **kwargs)
         else:
             refused[mm_hash] = weakref.ref(embedding)
@@ -343,9 +345,12 @@ def guard_saving(connector: Any) -> None:
     connector.save_caches, connector.start_save_caches = save_caches, start_save_caches
 
 
-def _sound(embedding: torch.Tensor) -> bool:
-    """Return whether an embedding is finite and not all zeros, in one pass, because NaN spreads to both extremes."""
+def _sound(embedding: torch.Tensor, width: int) -> bool:
+    """Return whether an embedding [N, width * blocks] is finite, and none of its blocks of columns is all zeros."""
     if not embedding.numel():
         return False
-    low, high = (float(extreme) for extreme in torch.aminmax(embedding.detach()))
-    return math.isfinite(low) and math.isfinite(high) and (low, high) != (0.0, 0.0)
+    if embedding.shape[1] % width:  # not of this tower
+        width = embedding.shape[1]
+    blocks = embedding.detach().reshape(len(embedding), -1, width)
+    low, high = blocks.amin((0, 2)), blocks.amax((0, 2))  # NaN spreads to both
+    return bool((low.isfinite() & high.isfinite() & ((low != 0) | (high != 0))).all())
