@@ -128,8 +128,9 @@ def _derive(name: str, architecture: str) -> None:
     # As vLLM does without --enable-tower-connector-lora, ignore an adapter's tensors for the vision tower.
     skipped = [*(getattr(stock, "lora_skip_prefixes", None) or ()), *family_for(architecture).prefixes]
     # vLLM's speculative decoding recognises models by their class's name.
-    model = _derived(name, Accelerated, stock, stock.__name__, accelerated=architecture, lora_skip_prefixes=skipped)
-    ours = _derived(f"{name}Info", FittedInfo, info), _derived(f"{name}Processor", FittedProcessor, processor)
+    known = {"accelerated": architecture}
+    model = _derived(name, Accelerated, stock, stock.__name__, **known, lora_skip_prefixes=skipped)
+    ours = _derived(f"{name}Info", FittedInfo, info, **known), _derived(f"{name}Processor", FittedProcessor, processor)
     architectures.register_processing(model, *ours)
 
 

@@ -47,6 +47,8 @@ _NORMALISATION = frozenset({"do_normalize", "do_rescale", "image_mean", "image_s
 class FittedInfo(compat.Mixin):  # type: ignore[misc]
     """A mixin for a model's processing information: it fits images to the grids that the programs take."""
 
+    accelerated: str  # the architecture
+
     @cached_property
     def grids(self) -> Grids | None:
         """The grids that the encoder takes; None if it takes all grids, or prompts may contain no images and videos."""
@@ -182,7 +184,7 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
         configuration for that.
         """
         on_device = getattr(self.ctx.model_config.get_multimodal_config(), "mm_device_do_normalize", None) is not None
-        can = architectures.stock_class(self._served.replaces or "").supports_mm_device_do_normalize
+        can = architectures.stock_class(self.accelerated).supports_mm_device_do_normalize
         ignores = on_device and can and not engine_config.without_python_processor()
         return _without_normalisation(options) if ignores else options
 
@@ -194,7 +196,7 @@ class FittedInfo(compat.Mixin):  # type: ignore[misc]
             size |= {name: value for name, value in dict(options.get("size") or {}).items() if value is not None}
             size |= {entry: options[name] for entry, name in _LIMITS if options.get(name) is not None}
         least, most = (int(size[entry]) for entry, _ in _LIMITS)
-        counts_frames = architectures.ARCHITECTURES[self._served.replaces or ""].limits_count_frames
+        counts_frames = architectures.ARCHITECTURES[self.accelerated].limits_count_frames
         frames = self.grids.tower.spec.temporal if self.grids is not None and counts_frames else 1
         return -(-least // frames), most // frames
 
