@@ -68,7 +68,8 @@ def made(served, tmp_path, monkeypatch):
 def processed(processor, token, options=None):
     image = np.random.default_rng(3).integers(0, 256, (50, 170, 3), np.uint8)
     number = processor.info.get_tokenizer().convert_tokens_to_ids(token)
-    inputs = ProcessorInputs([number], processor.info.parse_mm_data({"image": [image]}), options or {})
+    items = processor.info.parse_mm_data({"image": [image]})
+    inputs = ProcessorInputs([number], items, hf_processor_mm_kwargs=options or {})
     result = processor.apply(inputs, TimingContext())
     (item,), (place,) = result["mm_kwargs"]["image"], result["mm_placeholders"]["image"]
     return item, place
