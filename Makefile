@@ -36,13 +36,14 @@ export PIP_NO_CACHE_DIR := 1
 PIP = $(BIN)/python -m pip install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test lint types docs native observers unit unit-others unit-plugins unit-kit e2e faults hostile audit bench dist minimum vllm-matrix format clean
+.PHONY: help install demo test lint types docs native observers unit unit-others unit-plugins unit-kit e2e families faults hostile audit bench dist minimum vllm-matrix format clean
 
 help:
 	@echo "make demo    install, then compare stock vLLM with a backend on handwritten digits"
 	@echo "make test    install, then lint, type-check, build the documentation and run every test"
 	@echo "make docs    install, then build the documentation into $(VENV)/site"
 	@echo "make native  install, then build the C++ tests with sanitizers and run them"
+	@echo "make families  compare answers of a tiny model of every architecture, with each backend in each mode (minutes)"
 	@echo "make hostile read more than 10,000 hostile files and fuzz every reader, in a few minutes"
 	@echo "make audit   ask an advisory service for known vulnerabilities of what is installed, if one can be reached"
 	@echo "make faults  install, then plant faults behind real vLLM servers (ten minutes)"
@@ -143,6 +144,10 @@ unit-kit: $(INSTALLED)
 
 e2e: $(INSTALLED)
 	$(BIN)/python -m pytest tests/e2e --basetemp=.pytest_tmp_e2e --junitxml=$(VENV)/results/e2e.xml --durations=25
+
+# Writes what `make e2e` shows for some of the models and backends.
+families: $(INSTALLED)
+	PYTHONPATH=tests/support:tests/e2e $(BIN)/python tests/e2e/families.py docs/families.json
 
 # Plants every fault of the suite behind real servers, in about ten minutes. `make e2e` plants some of them.
 faults: $(INSTALLED)

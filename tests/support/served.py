@@ -7,25 +7,28 @@ from typing import Any
 import torch
 
 from visionaccel.checkpoint import Checkpoint
+from visionaccel.families import family_for
 from visionaccel.integrations.vllm.compat.engine_config import ServedModel
 
 
 def served_model(folder: str | Path, vision: Mapping[str, Any] | None = None) -> ServedModel:
-    """A served Qwen2.5-VL checkpoint in float32 on the CPU.
+    """A served checkpoint in float32 on the CPU.
 
     Args:
         folder: The checkpoint.
         vision: The vision configuration that vLLM resolved; the checkpoint's own by default.
     """
+    stored = Checkpoint(Path(folder))
+    (architecture,) = stored.architectures
     return ServedModel(
         source=str(folder),
         revision=None,
-        named="Qwen2_5_VLForConditionalGeneration",
-        replaces="Qwen2_5_VLForConditionalGeneration",
+        named=architecture,
+        replaces=architecture,
         multimodal=True,
         takes_media=True,
         own_implementation=True,
         dtype=torch.float32,
         device="cpu",
-        vision=vision or Checkpoint(Path(folder)).config["vision_config"],
+        vision=vision or family_for(architecture).configuration(stored.config, "config.json"),
     )

@@ -5,11 +5,12 @@ encoder outputs it holds, and which slots of the key-value cache were computed f
 """
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from modelled_engine import GOOD, IMAGE_TOKENS, IMAGES, TAINTED, Engine, forget, make
+from modelled_engine import GOOD, GRID, IMAGE_TOKENS, IMAGES, TAINTED, Engine, forget, make, pixels
 from visionaccel.integrations.vllm.compat import engine_config
 from visionaccel.integrations.vllm.shared_memory import _VARIABLE as MEMORY
 from visionaccel.integrations.vllm.shared_memory import (
@@ -20,6 +21,7 @@ from visionaccel.integrations.vllm.shared_memory import (
     report_fault,
     shared_memory,
 )
+from visionaccel.service import item_key
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # vLLM's own deprecations
 
@@ -103,6 +105,24 @@ def test_only_requests_with_the_faulty_image_fail(engine):
     engine.drain()
     assert [engine.endings[name] for name in names] == ["length", "error", "error", "length"]
     assert [engine.answers[name] for name in names] == [[GOOD] * 3, [], [], [GOOD] * 3]
+
+
+def test_an_image_is_known_by_pixels_that_the_model_has_cast(engine, monkeypatch):
+    encode = engine.worker.encode
+
+    def cast(identifier):
+        image = int(identifier.removeprefix("image"))
+        if image == 1:
+            key = item_key(pixels(image).bfloat16(), GRID)
+            assert report_fault(Fault(key, "image 1 is broken"), engine.worker.engine)
+            return False
+        return encode(identifier)
+
+    monkeypatch.setattr(engine.scheduler, "_dtype", torch.bfloat16)
+    engine.worker.encode = cast
+    names = [engine.add([0], 3), engine.add([1], 3)]
+    engine.drain()
+    assert [engine.endings[name] for name in names] == ["length", "error"]
 
 
 def test_a_request_that_read_the_image_before_its_device_broke_goes_on(engine):

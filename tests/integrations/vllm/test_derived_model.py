@@ -160,6 +160,13 @@ def test_a_tower_is_replaced_in_the_module_of_every_base_and_under_any_name(monk
     assert (below.Tower, above.Renamed) == (Tower, Tower)
 
 
+def test_a_model_without_images_and_videos_still_embeds_sound():
+    from vllm.model_executor.models.utils import StageMissingLayer
+
+    # vLLM hides the tower in this, and Qwen3-Omni's `embed_input_ids` asks it for its levels.
+    assert StageMissingLayer("vision_tower", model._NoTower()).deepstack_visual_indexes is None
+
+
 def test_a_model_that_makes_its_tower_from_another_class_does_not_start(monkeypatch):
     class Stock(torch.nn.Module):
         def __init__(self, *, vllm_config, prefix):

@@ -63,6 +63,18 @@ def test_vllms_profiling_run_gets_zeros_and_opens_nothing(receiving):
         assert made._encoder._opening is None
 
 
+def test_rows_with_deepstack_levels_are_as_wide_as_vllms_and_zeros_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("VISIONACCEL_BACKEND", "torch_ref")
+    monkeypatch.setattr(worker, "worker_connector", lambda: None)
+    monkeypatch.setattr(visual, "report_fault", lambda *_: True)
+    made = visual.AcceleratedTower(served_model(random_checkpoint(tmp_path, family="qwen3_omni")))
+    assert (made.out_hidden_size, len(made.deepstack_visual_indexes)) == (3 * 24, 2), "as vLLM's Qwen3-Omni reads them"
+    assert made(torch.ones(40, 96), GRIDS).abs().amax(0).all()
+    assert torch.equal(made(torch.full((40, 96), torch.nan), GRIDS), torch.zeros(10, 72))
+    receiving = visual.AcceleratedTower(served_model(tmp_path), receives=True)
+    assert torch.equal(TheirRunner(receiving).profile_run(), torch.zeros(10, 72))
+
+
 def test_what_is_opened_late_is_not_opened_from_another_checkpoint(receiving, tiny, tmp_path):
     served = Path(shutil.copytree(tiny, tmp_path / "served"))
     made = receiving(served, BACKEND="torch_ref")

@@ -284,6 +284,20 @@ def test_what_the_connector_cannot_see_is_encoded_in_line(engine, pipelined, cap
     assert engine.worker.encoded == 1
 
 
+def test_sound_is_left_to_the_language_models_process_without_a_word(engine, pipelined, caplog):
+    scheduler, _ = pipelined
+    before = scheduler.ec_connector._inline
+    name = engine.add([0, 1], 3)
+    sound = scheduler.requests[name].mm_features[0]
+    object.__setattr__(sound, "modality", "audio")
+    object.__setattr__(sound, "data", {"input_audio_features": sound.data["pixel_values"]})
+    engine.drain()
+    assert engine.answers[name] == [GOOD] * 3
+    assert engine.worker.encoded == 1
+    assert scheduler.ec_connector._inline == before
+    assert "is encoded in the engine's step" not in caplog.text
+
+
 def test_without_this_packages_scheduler_the_race_for_an_evicted_output_ends_in_line(digits, exact):
     scheduler, _ = make_pipelined("sync", digits, CACHE_SIZE=0)
     connector = scheduler.ec_connector
