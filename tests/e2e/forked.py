@@ -1,9 +1,11 @@
 """vLLM in forks of one process that has imported it: those start in seconds.
 
 A fork is like a process that vLLM spawns, its imports aside: it has loaded no plug-in, and no thread runs in it. But
-libraries have read their environment: OpenMP binds no thread to a core. `test_server` starts vLLM as users do.
+libraries have read their environment: OpenMP binds no thread to a core, and torch compiles nothing, which is vLLM's
+ranking of log-probabilities otherwise. `test_server` starts vLLM as users do.
 """
 
+import gc
 import importlib
 import multiprocessing
 import os
@@ -57,7 +59,7 @@ class Forked:
     def __init__(self, command: Sequence[str], environment: Mapping[str, str], log: Path, folder: Path) -> None:
         forking = multiprocessing.get_context("forkserver")
         forking.set_forkserver_preload(_IMPORTED)
-        with patch.dict(os.environ, server.quiet_environment({}), clear=True):
+        with patch.dict(os.environ, server.quiet_environment({"TORCH_COMPILE_DISABLE": "1"}), clear=True):
             forkserver._forkserver.ensure_running()
         _, *arguments = map(str, command)
         self._process = forking.Process(target=_lead, args=(arguments, dict(environment), log, folder))
@@ -157,6 +159,8 @@ def _enter(environment: dict[str, str], log: Path) -> None:
     os.environ.clear()
     os.environ.update(environment)
     tempfile.tempdir = None
+    gc.freeze()  # vLLM collects many times, which would search what was imported: half of what a small engine takes
+    gc.unfreeze = lambda: None
     if "OMP_NUM_THREADS" in environment:  # a new process reads it while it imports torch
         import torch
 

@@ -1,5 +1,6 @@
 """The command as users run it, in a process; or in a fork, which has that process's libraries already."""
 
+import gc
 import multiprocessing
 import os
 import subprocess
@@ -53,6 +54,7 @@ def run_command(
 
 
 def _run(arguments: list[str], environment: dict[str, str], folder: Path, outputs: Path) -> None:
+    gc.freeze()
     for stream, name in ((sys.stdout, "stdout"), (sys.stderr, "stderr")):
         with Path(outputs, name).open("wb") as file:
             os.dup2(file.fileno(), stream.fileno())
