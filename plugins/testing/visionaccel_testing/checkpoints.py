@@ -34,6 +34,24 @@ QWEN2_5_VL_7B: Mapping[str, Any] = MappingProxyType(
 )
 """Vision configuration of Qwen2.5-VL-7B-Instruct."""
 
+QWEN3_VL_8B: Mapping[str, Any] = MappingProxyType(
+    {
+        "depth": 27,
+        "hidden_size": 1152,
+        "intermediate_size": 4304,
+        "num_heads": 16,
+        "out_hidden_size": 4096,
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "spatial_merge_size": 2,
+        "num_position_embeddings": 2304,
+        "deepstack_visual_indexes": [8, 16, 24],
+        "in_channels": 3,
+        "hidden_act": "gelu_pytorch_tanh",
+    }
+)
+"""Vision configuration of Qwen3-VL-8B-Instruct."""
+
 TINY: Mapping[str, Any] = MappingProxyType(
     {
         **QWEN2_5_VL_7B,
@@ -137,8 +155,12 @@ LIVELY: Mapping[str, float] = MappingProxyType(
         "attn.proj.bias": 0.4,
         "mlp.down_proj.weight": 0.6,
         "mlp.down_proj.bias": 0.4,
+        "mlp.linear_fc2.weight": 0.6,
+        "mlp.linear_fc2.bias": 0.4,
         "merger.mlp.0.bias": 0.4,
         "merger.mlp.2.bias": 0.4,
+        "merger.linear_fc1.bias": 0.4,
+        "merger.linear_fc2.bias": 0.4,
     }
 )
 """Scales of `random_checkpoint` for deep towers. As in trained towers, attention then prefers some patches to others,

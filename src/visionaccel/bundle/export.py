@@ -47,7 +47,8 @@ class ProgramRequest:
 
     Attributes:
         coverage: Which grids it takes.
-        split_host: Leave the patch embedding and the window reorder to the host; only for fixed shapes.
+        split_host: Leave the patch embedding, learned positions and the order of windows to the host. Only for fixed
+            shapes.
         dialect: The operators to use; None for standard ones in a program of fixed shapes, else ONNX Runtime's own.
     """
 

@@ -132,7 +132,7 @@ def _print_summary(bundle: Bundle) -> None:
 
 
 def _print_program(row: dict[str, Any]) -> None:
-    split = f"window reorder and {', '.join(row['host'])}" if row["host"] else "only tables"
+    split = f"embedding of patches, with {', '.join(row['host'])}" if row["host"] else "only tables"
     if {HOST_BEFORE, HOST_AFTER} <= set(row["companions"]):
         split = "the operators around the device's part, on ONNX Runtime"
     details = {

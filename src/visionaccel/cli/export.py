@@ -57,7 +57,8 @@ def export(
     ] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="One program for every grid; the default.")] = False,
     split_host: Annotated[
-        bool, typer.Option("--split-host", help="Leave patch embedding and window reorder of fixed shapes to the host.")
+        bool,
+        typer.Option("--split-host", help="Leave patch embedding and order of windows of fixed shapes to the host."),
     ] = False,
     self_contained: Annotated[bool, typer.Option("--self-contained", help="Pack the weights into the bundle.")] = False,
     precision: Annotated[

@@ -43,7 +43,7 @@ from visionaccel_bench.encode.encoding import (
     measure_encodes,
 )
 from visionaccel_bench.encode.presets import preset_checkpoint
-from visionaccel_testing.checkpoints import TINY, tower_shapes
+from visionaccel_testing.checkpoints import TINY, TINY_TOWERS, tower_shapes
 from visionaccel_testing.process_tree import memory, processor_seconds
 
 GRIDS = ("8x8", "12x20")
@@ -464,7 +464,7 @@ def test_the_table_doubles_from_256_to_16384_patches():
 
 def test_a_preset_is_written_once_and_keeps_its_full_attention(tmp_path, monkeypatch):
     config = {**TINY, "depth": 5, "fullatt_block_indexes": [1, 3]}
-    monkeypatch.setattr(presets, "PRESETS", {"small": config})
+    monkeypatch.setattr(presets, "PRESETS", {"small": ("qwen2_5_vl", config)})
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     folder = preset_checkpoint("small", 2)
     tower = open_tower(folder)
@@ -476,6 +476,15 @@ def test_a_preset_is_written_once_and_keeps_its_full_attention(tmp_path, monkeyp
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert preset_checkpoint("small") != folder
     assert sorted(path.name for path in folder.parent.iterdir()) == ["small-depth2-1", "small-depth5-1"]
+
+
+def test_a_preset_with_fewer_blocks_keeps_the_deepstack_levels_after_them(tmp_path, monkeypatch):
+    config = {**TINY_TOWERS["qwen3_vl"], "depth": 4, "deepstack_visual_indexes": [0, 2, 3]}
+    monkeypatch.setattr(presets, "PRESETS", {"small": ("qwen3_vl", config)})
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    tower = open_tower(preset_checkpoint("small", 3))
+    assert (tower.family, tower.spec.depth, tower.spec.deepstack) == ("qwen3_vl", 3, (0, 2))
+    assert tower.complete
 
 
 def test_a_cache_that_cannot_be_written_is_an_error_with_the_fix(tmp_path, monkeypatch):

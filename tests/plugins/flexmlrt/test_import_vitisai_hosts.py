@@ -11,14 +11,17 @@ from onnx import TensorProto, helper, numpy_helper
 from test_import_vitisai import LANDSCAPE, PORTRAIT, constant_of, edit, folder_of, imported, run_partition
 from test_import_vitisai_refusals import _add, _norm, change_json, refused
 
-from towers import random_patches
+from towers import random_patches, reference
+from visionaccel import open_encoder
 from visionaccel.core.program import CHECKPOINT, EP_CONTEXT, PIXELS
 from visionaccel.encoder import open_tower
 from visionaccel.errors import BundleError, ConfigurationError
 from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI
+from visionaccel_flexmlrt.simulator import compile_partition
 from visionaccel_flexmlrt.vitisai import ImportRequest, import_vitisai
-from visionaccel_flexmlrt.vitisai.writing import DEVICE_INPUT, DEVICE_OUTPUT, EMBEDDINGS
+from visionaccel_flexmlrt.vitisai.writing import DEVICE_INPUT, DEVICE_OUTPUT, EMBEDDINGS, write_vitisai_folder
 from visionaccel_onnxrt.ep_context import verified_context
+from visionaccel_testing.checkpoints import TINY_TOWERS, random_checkpoint
 
 
 def strange(tiny, folder, layout="directory", **settings):
@@ -242,3 +245,16 @@ def test_imported_bundles_refuse_what_was_changed_later(tiny, tmp_path):
     shutil.copy(tmp_path / "bundle/20x12/host_after.onnx", tmp_path / "bundle/20x12/host_before.onnx")
     with pytest.raises(BundleError, match=r"host_before\.onnx"):
         open_bundle(tmp_path / "bundle", checkpoint=open_tower(tiny).checkpoint)
+
+
+def test_a_tower_without_windows_is_imported_with_its_host_on_onnx_runtime(tmp_path):
+    """A tower with learned positions and deepstack levels, from patches to embeddings."""
+    checkpoint = random_checkpoint(tmp_path / "checkpoint", family="qwen3_vl")
+    folder = tmp_path / "folder"
+    write_vitisai_folder(open_tower(checkpoint), folder, PORTRAIT, layout="directory", compile=compile_partition)
+    refused(checkpoint, folder, r"towers without windows.*--host-on-onnxrt")
+    bundle = imported(checkpoint, folder, tmp_path / "bundle", host_on_onnxrt=True, grid=PORTRAIT)
+    patches = random_patches([PORTRAIT.thw], TINY_TOWERS["qwen3_vl"])
+    with open_encoder(bundle, backend="flexmlrt", device="simulator") as encoder:
+        ours = encoder.encode(patches, [PORTRAIT])
+    np.testing.assert_allclose(ours, reference(checkpoint, patches, [PORTRAIT.thw]), rtol=0, atol=2e-5)

@@ -9,10 +9,15 @@ from typing import Any
 from visionaccel.core.cache_folder import our_cache
 from visionaccel.core.orphans import temporary_folder
 from visionaccel.errors import ConfigurationError, SettingsError
-from visionaccel_testing.checkpoints import LIVELY, QWEN2_5_VL_7B, random_checkpoint
+from visionaccel_testing.checkpoints import LIVELY, QWEN2_5_VL_7B, QWEN3_VL_8B, random_checkpoint
 
-PRESETS: Mapping[str, Mapping[str, Any]] = {"qwen2.5-vl-7b": QWEN2_5_VL_7B}
-"""Vision configurations by name."""
+PRESETS: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "qwen2.5-vl-7b": ("qwen2_5_vl", QWEN2_5_VL_7B),
+    "qwen3-vl-8b": ("qwen3_vl", QWEN3_VL_8B),
+}
+"""Families and vision configurations by name."""
+
+_LISTS_OF_BLOCKS = ("fullatt_block_indexes", "deepstack_visual_indexes")
 
 _EDITION = 1
 """Increase it when the weights change, so that older ones in a cache are not used."""
@@ -21,7 +26,7 @@ _EDITION = 1
 def preset_checkpoint(name: str, depth: int | None = None) -> Path:
     """Return a checkpoint of a preset's shape in bfloat16; the first call writes it into the user's cache.
 
-    `depth` limits its blocks; those of full attention keep their places.
+    `depth` limits its blocks; those of full attention, and those that a deepstack level follows, keep their places.
 
     Raises:
         SettingsError: The preset is unknown, or has fewer blocks.
@@ -29,7 +34,7 @@ def preset_checkpoint(name: str, depth: int | None = None) -> Path:
     """
     if name not in PRESETS:
         raise SettingsError(f"unknown preset {name!r}.", hint=f"Choose one of: {', '.join(PRESETS)}.")
-    config = PRESETS[name]
+    family, config = PRESETS[name]
     blocks = config["depth"] if depth is None else depth
     if not 1 <= blocks <= config["depth"]:
         raise SettingsError(f"--depth {blocks}: {name} has {config['depth']} blocks.", hint="Pass a smaller --depth.")
@@ -37,13 +42,14 @@ def preset_checkpoint(name: str, depth: int | None = None) -> Path:
     folder = base / f"{name}-depth{blocks}-{_EDITION}"
     if folder.is_dir():
         return folder
-    full = [block for block in config["fullatt_block_indexes"] if block < blocks]
+    kept = {key: [block for block in config[key] if block < blocks] for key in _LISTS_OF_BLOCKS if key in config}
     try:
         base.mkdir(parents=True, exist_ok=True)
         # Another process may write the same one, and this process may be killed while it writes.
         with temporary_folder(".writing-", base) as half:
-            shorter = {**config, "depth": blocks, "fullatt_block_indexes": full}
-            written = random_checkpoint(half / "checkpoint", shorter, dtype="bfloat16", scales=LIVELY)
+            shorter = {**config, "depth": blocks, **kept}
+            place = half / "checkpoint"
+            written = random_checkpoint(place, shorter, family=family, dtype="bfloat16", scales=LIVELY)
             if not folder.is_dir():
                 written.rename(folder)
     except OSError as error:

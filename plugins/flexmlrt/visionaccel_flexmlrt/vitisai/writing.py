@@ -13,8 +13,9 @@ The layout `rai` is the published one, with three files in one folder:
       vaiml_par_0/simulator.rai
       vaiml_par_0/0/flexmlrt-hsi.json
 
-The `.onnx` is the whole tower with transformers' operators in their order: convolution, window gather, blocks and
-merger, reverse gather. The device's partition is what is between the two gathers.
+The `.onnx` is the whole tower with transformers' operators in their order: convolution, learned positions, window
+gather, blocks and merger, reverse gather. The device's partition is the blocks and the merger, what is between the two
+gathers of a tower with windows.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from visionaccel.core.dtypes import DTYPES
 from visionaccel.core.grid import Grid
 from visionaccel.core.onnx_graphs import ExternalData, is_external, point_at
 from visionaccel.core.program import PIXELS, FixedGrid, HostSplit
+from visionaccel.core.tower_spec import Linear
 from visionaccel.families import Tower
 from visionaccel.towers import make_tables
 from visionaccel_flexmlrt.artifact import SIMULATOR_FILE
@@ -59,15 +61,16 @@ def write_vitisai_folder(
     """Write the folder that the compiler would write for one grid.
 
     Args:
-        tower: A Qwen2.5-VL tower. Its weights are copied; holes in their files stay holes.
+        tower: A tower whose embedded patches are not normalised. Its weights are copied; holes in their files stay
+            holes.
         folder: The folder to write; made if it does not exist.
         grid: One frame.
         layout: A single file, or the compiler's cache.
         compile: Called once with the partition as an ONNX file, whose weights are external data in one file next to it,
             and with the file to write: the `.rai`, or `simulator.rai` in the partition's folder. The partition's input
             is `DEVICE_INPUT`, float32 [tokens, merged, hidden], its output `DEVICE_OUTPUT`, float32 [tokens,
-            out_width], both in window order. The ONNX files are deleted after the call.
-        window_order: Order of the windows.
+            out_width], both in window order if there are windows. The ONNX files are deleted after the call.
+        window_order: Order of the windows; `raster` without windows.
         metadata: Also write `flexmlrt-hsi.json` next to a `.rai`.
 
     Returns:
@@ -110,20 +113,18 @@ def _partition(tower: Tower, grid: Grid, order: WindowOrder) -> onnx.ModelProto:
 
 def _whole(tower: Tower, grid: Grid, order: WindowOrder, partition: onnx.ModelProto) -> onnx.ModelProto:
     """Return the whole tower, with the partition's operators in it."""
-    spec, (kernel_name,) = tower.spec, tower.host_weights
-    kernel = tower.weights[kernel_name]
+    spec = tower.spec
+    (first,) = spec.embed
+    assert isinstance(first, Linear), "TowerSpec checks it"
     tables = make_tables(spec, [grid], grouped=order == "grouped")
     patches, hidden, merged = grid.patches, spec.hidden, spec.merged
     side, steps = spec.patch, spec.temporal
-    constants = {
+    constants: dict[str, Any] = {
         "blocks_shape": [-1, spec.channels, steps, side, side],
         "rows_shape": [-1, hidden],
         "merged_shape": [patches // merged, merged, hidden],
-        "window_index": tables["window_index"],
-        "reverse_index": tables["reverse_index"],
     }
-    weight = TensorProto(name=kernel_name, data_type=DTYPES[kernel.dtype].onnx, dims=kernel.shape)
-    point_at(weight, ExternalData.at(kernel, tower.weights_folder))
+    weights: list[TensorProto] = []
     nodes: list[onnx.NodeProto] = []
 
     def add(kind: str, inputs: list[str], output: str, **attributes: Any) -> str:
@@ -131,17 +132,34 @@ def _whole(tower: Tower, grid: Grid, order: WindowOrder, partition: onnx.ModelPr
         nodes.append(helper.make_node(kind, inputs, [output], name=name, **attributes))
         return output
 
-    embedding = kernel_name
-    if kernel.dtype != "float32":
-        embedding = add("Cast", [kernel_name], "/patch_embed/proj/Cast_output_0", to=TensorProto.FLOAT)
+    embedding = []
+    for part in ("weight", "bias") if first.bias else ("weight",):
+        name = f"{first.name}.{part}"
+        stored = tower.weights[name]
+        weights.append(TensorProto(name=name, data_type=DTYPES[stored.dtype].onnx, dims=stored.shape))
+        point_at(weights[-1], ExternalData.at(stored, tower.weights_folder))
+        if stored.dtype != "float32":
+            name = add("Cast", [name], f"/patch_embed/proj/{part}/Cast_output_0", to=TensorProto.FLOAT)
+        embedding.append(name)
     rows = add("Reshape", [PIXELS, "blocks_shape"], "/patch_embed/Reshape_output_0")
     window = [steps, side, side]
-    rows = add("Conv", [rows, embedding], "/patch_embed/proj/Conv_output_0", strides=window, kernel_shape=window)
+    rows = add("Conv", [rows, *embedding], "/patch_embed/proj/Conv_output_0", strides=window, kernel_shape=window)
     rows = add("Reshape", [rows, "rows_shape"], "/patch_embed/Reshape_1_output_0")
-    rows = add("Reshape", [rows, "merged_shape"], "/blocks/Reshape_output_0")
-    add("Gather", [rows, "window_index"], DEVICE_INPUT, axis=0)
+    if spec.positions is not None:
+        table = tower.weights[f"{spec.positions.name}.weight"].read().astype(np.float32)
+        added = (table[tables["position_index"]] * tables["position_weight"]).sum(axis=0, dtype=np.float32)
+        weights.append(numpy_helper.from_array(added, "positions"))
+        rows = add("Add", [rows, "positions"], "/Add_output_0")
+    windowed = spec.window is not None
+    rows = add("Reshape", [rows, "merged_shape"], "/blocks/Reshape_output_0" if windowed else DEVICE_INPUT)
+    if windowed:
+        constants |= {name: tables[name] for name in ("window_index", "reverse_index")}
+        add("Gather", [rows, "window_index"], DEVICE_INPUT, axis=0)
     nodes += partition.graph.node
-    add("Gather", [DEVICE_OUTPUT, "reverse_index"], EMBEDDINGS, axis=0)
+    if windowed:
+        add("Gather", [DEVICE_OUTPUT, "reverse_index"], EMBEDDINGS, axis=0)
+    else:
+        add("Identity", [DEVICE_OUTPUT], EMBEDDINGS)
     graph = helper.make_graph(
         nodes,
         "main_graph",
@@ -149,7 +167,7 @@ def _whole(tower: Tower, grid: Grid, order: WindowOrder, partition: onnx.ModelPr
         [helper.make_tensor_value_info(EMBEDDINGS, TensorProto.FLOAT, [patches // merged, tower.out_width])],
         [
             *(numpy_helper.from_array(np.array(value, dtype=np.int64), name) for name, value in constants.items()),
-            weight,
+            *weights,
             *partition.graph.initializer,
         ],
         value_info=[*partition.graph.input, *partition.graph.output],
