@@ -15,7 +15,7 @@ from docsite.api import api_index
 from docsite.catalogue import error_catalogue, error_table
 from docsite.commands import command_reference
 from docsite.evidence import badge_table, evidence_table
-from docsite.matrix import form_table
+from docsite.matrix import form_table, served_table
 from docsite.tables import (
     backend_options,
     backend_table,
@@ -50,6 +50,7 @@ PARTS: Mapping[str, Callable[[], str]] = {
     "forms of families": lambda: form_table(TINY_TOWERS),
     "metrics": metrics_table,
     "models in vLLM": model_table,
+    "models compared in vLLM": served_table,
     "settings": lambda: settings_table().replace("](docs/", "]("),
     "used of vLLM": lambda: contract_table(changing=False),
 }

@@ -1,11 +1,16 @@
-"""A table of what ran of each family: the forms of its tower on each backend."""
+"""Tables of what ran of each family: the forms of its tower on each backend, and its models in vLLM."""
 
+import json
 from collections.abc import Iterable
 from itertools import product
+from pathlib import Path
 
 from docsite.evidence import committed
 
-__all__ = ["form_table"]
+__all__ = ["form_table", "served_table"]
+
+_SERVED = Path(__file__).parents[2] / "docs" / "families.json"
+"""What `make families` writes."""
 
 _FORMS = ("any grid", "bucket", "fixed grid", "split", "fixed grid in bfloat16", "any grid in int8", "split, simulated")
 _BACKENDS = ("torch_ref", "onnxrt", "openvino", "flexmlrt")
@@ -27,6 +32,19 @@ def form_table(families: Iterable[str]) -> str:
             ]
             lines.append((f"`{backend}`", form, *cells))
     return _table(("backend", "form", *(f"`{family}`" for family in families)), lines)
+
+
+def served_table() -> str:
+    """Return a table with a row for each architecture that was compared with stock vLLM, and a column for each way."""
+    rows = json.loads(_SERVED.read_text())
+    ways = list(dict.fromkeys((row["backend"], row["mode"]) for row in rows))
+    cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    for row in rows:
+        shown = f"{row['equal']} of {row['prompts']}, {row['difference']:.0e}"
+        cells.setdefault((row["architecture"], row["family"]), {})[row["backend"], row["mode"]] = shown
+    heads = ("architecture", "family", *(f"`{backend}`, {mode}" for backend, mode in ways))
+    lines = [(f"`{name}`", f"`{family}`", *map(found.__getitem__, ways)) for (name, family), found in cells.items()]
+    return _table(heads, lines)
 
 
 def _reason(row: str, column: str) -> str:
