@@ -48,9 +48,9 @@ def video_request(seed: int) -> dict[str, Any]:
     return {"prompt": prompt(VIDEO), "multi_modal_data": {"video": [(clip.frames, metadata)]}}
 
 
-def grid(sample: Any) -> tuple[int, int]:
-    """Merged rows and columns of an image: the processor rounds its sides to multiples of 28 pixels."""
-    return round(sample.image.height / 28), round(sample.image.width / 28)
+def grid(sample: Any, side: int) -> tuple[int, int]:
+    """Merged rows and columns of an image: the processor rounds its sides to multiples of a token's."""
+    return round(sample.image.height / side), round(sample.image.width / side)
 
 
 def answers(llm: LLM, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -76,7 +76,8 @@ def answers(llm: LLM, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def matrix(llm: LLM) -> dict[str, Any]:
     """Single images, two images in a prompt, a video, text alone, and all of them in one batch; and the accuracy."""
     images = held_out_images(ACCURACY)
-    different = list({grid(image): image for image in reversed(images)}.values())[:SINGLES]
+    side = 2 * llm.llm_engine.vllm_config.model_config.hf_config.vision_config.patch_size
+    different = list({grid(image, side): image for image in reversed(images)}.values())[:SINGLES]
     singles = [image_request(image) for image in different]
     others = [image_request(*images[30:32]), image_request(*images[32:34]), video_request(7)]
     texts = [{"prompt": prompt("", text)} for text in ("Read the digits.", "user assistant 42")]
@@ -101,7 +102,7 @@ def matrix(llm: LLM) -> dict[str, Any]:
         "parts": parts,
         "read": [answer["tokens"] for answer in read],
         "accuracy": right / ACCURACY,
-        "grids": [grid(image) for image in different],
+        "grids": [grid(image, side) for image in different],
     }
 
 
@@ -231,7 +232,8 @@ def main() -> None:
     )
     found = ask(llm)
     found["scheduler"] = str(llm.llm_engine.vllm_config.scheduler_config.scheduler_cls)
-    found["model"] = ModelRegistry.models["Qwen2_5_VLForConditionalGeneration"].module_name
+    (architecture,) = json.loads((Path(checkpoint) / "config.json").read_text())["architectures"]
+    found["model"] = ModelRegistry.models[architecture].module_name
     found["client_embeds"] = llm.llm_engine.vllm_config.model_config.multimodal_config.enable_mm_embeds
     target.write_text(json.dumps(found))
 

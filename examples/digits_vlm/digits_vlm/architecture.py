@@ -76,7 +76,7 @@ _QWEN3_TEXT = {
         "rope_theta": 1e4,
     },
 }
-_TOWER = {"depth": 4, "spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
+_TOWER = {"spatial_merge_size": 2, "temporal_patch_size": 2, "in_channels": 3}
 
 ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
     {
@@ -86,6 +86,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             Qwen2VLVideoProcessor,
             vision=_TOWER
             | {
+                "depth": 4,
                 "embed_dim": 96,
                 "mlp_ratio": 2,
                 "num_heads": 4,
@@ -101,6 +102,7 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             Qwen2VLVideoProcessor,
             vision=_TOWER
             | {
+                "depth": 4,
                 "hidden_size": 96,
                 "intermediate_size": 192,
                 "num_heads": 4,
@@ -118,13 +120,14 @@ ARCHITECTURES: Mapping[str, Architecture] = MappingProxyType(
             Qwen3VLVideoProcessor,
             vision=_TOWER
             | {
-                "hidden_size": 72,
+                "depth": 3,
+                "hidden_size": 96,
                 "intermediate_size": 192,
-                "num_heads": 3,
+                "num_heads": 4,
                 "out_hidden_size": 128,
                 "patch_size": 16,
-                "num_position_embeddings": 12 * 12,
-                "deepstack_visual_indexes": [0, 1, 2],
+                "num_position_embeddings": 8 * 8,
+                "deepstack_visual_indexes": [0, 1],
                 "hidden_act": "gelu_pytorch_tanh",
             },
             text=_QWEN3_TEXT,

@@ -6,6 +6,7 @@ are made by the processor that later serves the model, so the model learns from 
 
 import json
 from collections.abc import Iterator
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch.nn.functional import interpolate, linear
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import AutoModelForImageTextToText, PreTrainedModel, ProcessorMixin
 
@@ -21,10 +23,20 @@ from digits_vlm.samples import Split, digits_image, digits_video, held_out_image
 
 ANSWER_END = "<|im_end|>"
 PAIRS_FROM, PAIRS_SHARE, VIDEOS_SHARE = 4, 0.10, 0.08
-LARGEST = {1: 112, 2: 168, 3: 224, 4: 252}
-"""Longest side of a canvas in pixels by the number of digits: the first images are small, and their steps short."""
+LARGEST = (112,) * 4 + (168,) * 3 + (252,) * 2 + (392,)
+"""Longest sides of canvases in pixels, one of which is drawn: small images train as well, in shorter steps."""
+UP_TO = (4, 7, 9, 10)
+"""How many of them are drawn from, by the number of digits."""
 FRAME_RATES = (1, 2, 4, 8, 24)
 """Frames per second of the videos; Qwen3-VL's prompts contain timestamps."""
+SAME_LAYERS = (
+    ("mlp.linear_fc1", "mlp.fc1"),
+    ("mlp.linear_fc2", "mlp.fc2"),
+    ("merger.norm", "merger.ln_q"),
+    ("merger.linear_fc1", "merger.mlp.0"),
+    ("merger.linear_fc2", "merger.mlp.2"),
+)
+"""Names of layers in Qwen3-VL, and of the same layers in Qwen2-VL."""
 CHECK_EVERY, SAVE_EVERY = 100, 500
 """Steps between looks at the score, and between snapshots of the weights in the output folder."""
 
@@ -57,8 +69,7 @@ def make_batch(
             timings.append(_timing(len(clip.frames), float(rng.choice(FRAME_RATES))))
             texts.append((_prompt(processor, 0, 1), clip.truth))
         else:
-            largest = 392 if most >= PAIRS_FROM and rng.uniform() < 0.12 else LARGEST[most]
-            sample = digits_image(rng, split, random_size(rng, largest), most)
+            sample = digits_image(rng, split, random_size(rng, int(rng.choice(LARGEST[: UP_TO[most - 1]]))), most)
             images.append(sample.image)
             texts.append((_prompt(processor, 1, 0), sample.truth))
     inputs = processor(
@@ -119,11 +130,33 @@ def greedy_exact_match(model: PreTrainedModel, processor: ProcessorMixin, count:
 
 
 def warm_start(model: PreTrainedModel, checkpoint: Path) -> int:
-    """Copy the weights of a trained reader that have the same name and shape in `model`; return how many there are."""
+    """Copy the weights of a trained reader that fit into `model`; return how many there are.
+
+    A weight fits if it is of the same layer and has the same shape; a patch embedding is resampled to other patches.
+    """
     trained = AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()
-    common = {n: trained[n] for n, w in model.state_dict().items() if n in trained and trained[n].shape == w.shape}
-    model.load_state_dict(common, strict=False)
-    return len(common)
+    fitting = {}
+    for name, weight in model.state_dict().items():
+        source = trained.get(name, trained.get(reduce(lambda n, layer: n.replace(*layer), SAME_LAYERS, name)))
+        if source is not None and name.endswith("patch_embed.proj.weight"):
+            source = interpolate(source, weight.shape[2:], mode="trilinear")
+        if source is not None and source.shape == weight.shape:
+            fitting[name] = source
+    model.load_state_dict(fitting, strict=False)
+    return len(fitting)
+
+
+def record_of(checkpoint: Path) -> dict[str, Any]:
+    """Return how a checkpoint was trained, and from which one, without the log."""
+    record = json.loads((checkpoint / "score.json").read_text())
+    return {name: value for name, value in record.items() if name != "training_log"}
+
+
+def embed_as_matrix(model: PreTrainedModel) -> None:
+    """Compute the patch embedding as a matrix product; as a convolution, it takes a quarter of the time of a step."""
+    embedding = model.model.visual.patch_embed
+    convolution = embedding.proj
+    embedding.forward = lambda patches: linear(patches, convolution.weight.flatten(1), convolution.bias)
 
 
 def main(
@@ -142,6 +175,7 @@ def main(
     processor = build_processor(tokenizer, family)
     model = build_model(tokenizer, family, seed)
     copied = warm_start(model, start) if start else 0
+    embed_as_matrix(model)
     model.train()
     optimiser = torch.optim.AdamW(model.parameters(), lr=rate, weight_decay=0.01, betas=(0.9, 0.98))
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, rate, total_steps=steps, pct_start=0.05)
@@ -150,6 +184,23 @@ def main(
     rng = np.random.default_rng(seed + 2)
     watched = {n: [make_batch(processor, rng, "held_out", 32, n) for _ in range(3)] for n in range(1, 5)}
     log: list[dict[str, float]] = []
+    record = {
+        "family": family,
+        "seed": seed,
+        "steps": steps,
+        "batch": batch,
+        "rate": rate,
+        "start": None if start is None else record_of(start),
+        "copied_tensors": copied,
+        "torch": torch.__version__,
+        "training_log": log,
+    }
+
+    def save(folder: Path, score: dict[str, float]) -> None:
+        model.save_pretrained(folder)
+        processor.save_pretrained(folder)
+        (folder / "score.json").write_text(json.dumps(score | record, indent=1) + "\n")
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=steps)
@@ -168,26 +219,11 @@ def main(
                 if score > 0.6 and digits < 4:
                     most += 1
             if step % SAVE_EVERY == 0:
-                model.save_pretrained(out / f"step-{step}")
+                save(out / f"step-{step}", {})
             progress.update(task, completed=step, description=f"up to {int(most)} digits, loss {loss.item():.3f}")
-        model.save_pretrained(out)
-        processor.save_pretrained(out)
         progress.update(task, description="scoring on held-out images")
         right, asked = greedy_exact_match(model, processor, 300)
-    score = {
-        "family": family,
-        "held_out_images": asked,
-        "exact_match_transformers": right / asked,
-        "seed": seed,
-        "steps": steps,
-        "batch": batch,
-        "rate": rate,
-        "start": start.name if start else None,
-        "copied_tensors": copied,
-        "torch": torch.__version__,
-        "training_log": log,
-    }
-    (out / "score.json").write_text(json.dumps(score, indent=1) + "\n")
+    save(out, {"held_out_images": asked, "exact_match_transformers": right / asked})
     typer.echo(f"read {right} of {asked} held-out images; saved to {out}")
 
 
