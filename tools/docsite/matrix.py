@@ -7,9 +7,9 @@ from pathlib import Path
 
 from docsite.evidence import committed
 
-__all__ = ["form_table", "served_table"]
+__all__ = ["ABSENT", "SERVED", "form_table", "served_table"]
 
-_SERVED = Path(__file__).parents[2] / "docs" / "families.json"
+SERVED = Path(__file__).parents[2] / "docs" / "families.json"
 """What `make families` writes."""
 
 _FORMS = ("any grid", "bucket", "fixed grid", "split", "fixed grid in bfloat16", "any grid in int8", "split, simulated")
@@ -36,15 +36,21 @@ def form_table(families: Iterable[str]) -> str:
 
 def served_table() -> str:
     """Return a table with a row for each architecture that was compared with stock vLLM, and a column for each way."""
-    rows = json.loads(_SERVED.read_text())
-    ways = list(dict.fromkeys((row["backend"], row["mode"]) for row in rows))
-    cells: dict[tuple[str, str], dict[tuple[str, str], str]] = {}
+    rows = json.loads(SERVED.read_text())
+    found: dict[tuple[str, str, str], dict[str, tuple[int, int, float]]] = {}
     for row in rows:
-        shown = f"{row['equal']} of {row['prompts']}, {row['difference']:.0e}"
-        cells.setdefault((row["architecture"], row["family"]), {})[row["backend"], row["mode"]] = shown
-    heads = ("architecture", "family", *(f"`{backend}`, {mode}" for backend, mode in ways))
-    lines = [(f"`{name}`", f"`{family}`", *map(found.__getitem__, ways)) for (name, family), found in cells.items()]
-    return _table(heads, lines)
+        of_model = found.setdefault((row["architecture"], row["family"], row.get("task", "generate")), {})
+        way = f"`{row['backend']}`, {row['mode']}, {row['precision']}"
+        equal, prompts, difference = of_model.get(way, (0, 0, 0.0))  # of another checkpoint of that architecture
+        of_model[way] = equal + row["equal"], prompts + row["prompts"], max(difference, row["difference"])
+    ways = list(dict.fromkeys(way for of_model in found.values() for way in of_model))
+    lines = []
+    for (architecture, family, task), of_model in found.items():
+        cells = [
+            "{} of {}, {:.0e}".format(*of_model[way]) if way in of_model else _reason(architecture, way) for way in ways
+        ]
+        lines.append((f"`{architecture}`", f"`{family}`", task, *cells))
+    return _table(("architecture", "family", "task", *ways), lines)
 
 
 def _reason(row: str, column: str) -> str:
