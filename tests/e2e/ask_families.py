@@ -6,6 +6,8 @@ The folder has a checkpoint of `whole_models` for each architecture. One engine 
 import gc
 import json
 import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,9 @@ TOKENS = ((2, 2), (3, 2), (2, 5), (5, 3), (7, 2), (1, 9), (9, 1), (2, 34), (34, 
 
 STEP = 128
 """Tokens in a step of the engine. Some prompts are longer."""
+
+LONGEST = 1024
+"""Tokens that a prompt and its answer may have."""
 
 
 def picture(columns: int, rows: int, side: int, seed: int) -> Image.Image:
@@ -101,41 +106,47 @@ def answers(llm: LLM, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def asked(checkpoint: Path, model: Model) -> list[dict[str, Any]]:
-    """What one engine answers: every prompt in one batch, and then some of them again, from the prefix cache."""
+@contextmanager
+def engine(checkpoint: Path, model: Model, **arguments: Any) -> Iterator[LLM]:
+    """An engine of a checkpoint in this process, which can have another one afterwards."""
     kinds = ["image", *(["video"] if model.video else []), *(["audio"] if model.audio else [])]
     llm = LLM(
         model=str(checkpoint),
         dtype="float32",
         enforce_eager=True,
-        max_model_len=1024,
+        max_model_len=LONGEST,
         max_num_seqs=8,
-        max_num_batched_tokens=STEP,
         block_size=32,
         num_gpu_blocks_override=100,
         disable_log_stats=True,
         limit_mm_per_prompt=dict.fromkeys(kinds, 2),
         trust_remote_code=True,
-        **model.engine,
+        **{"max_num_batched_tokens": STEP, **model.engine, **arguments},
     )
     try:
-        requests = prompts(model)
-        return [*answers(llm, requests), *answers(llm, [*requests[4:9], *requests[-3:]])]
+        yield llm
     finally:
         llm.llm_engine.engine_core.shutdown()
+        cleanup_dist_env_and_memory()
 
 
-def main() -> None:
-    """Ask each model, and write what they answer after each."""
+def asked(checkpoint: Path, architecture: str) -> list[dict[str, Any]]:
+    """What one engine answers: every prompt in one batch, and then some of them again, from the prefix cache."""
+    requests = prompts(MODELS[architecture])
+    with engine(checkpoint, MODELS[architecture]) as llm:
+        return [*answers(llm, requests), *answers(llm, [*requests[4:9], *requests[-3:]])]
+
+
+def ask_each(asked: Callable[[Path, str], Any], names: Iterable[str]) -> None:
+    """Ask each model, as the command line says, and write what they answer after each."""
     folder, target, *chosen = sys.argv[1:]
     found = {}
     registry._run_in_subprocess = lambda look: look()  # instead of a new process for each class that vLLM has not seen
-    for architecture in chosen or MODELS:
-        gc.freeze()  # engines collect garbage several times, which takes seconds with all that vLLM has imported
-        found[architecture] = asked(Path(folder) / architecture, MODELS[architecture])
-        cleanup_dist_env_and_memory()
+    gc.collect = lambda *_: 0  # engines collect garbage several times, with all that vLLM has imported
+    for name in chosen or names:
+        found[name] = asked(Path(folder) / name, name)
         Path(target).write_text(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main()
+    ask_each(asked, MODELS)

@@ -1,6 +1,7 @@
 """Stock vLLM and each backend in each mode on a tiny model of each architecture: `python families.py RESULTS`.
 
-Writes a row for each: how many of its answers equal stock vLLM's, and the largest difference of a log-probability.
+Writes a row for each: how many of its answers equal stock vLLM's, and the largest difference of a log-probability or of
+a pooling model's number.
 """
 
 import json
@@ -10,11 +11,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 import forked
+from pooling_models import POOLING, write_pooling_model
 from visionaccel_bench.server import quiet_environment
 from whole_models import MODELS, write_model
-
-_ASK = Path(__file__).with_name("ask_families.py")
 
 MODES: Mapping[str, str] = {"pipelined": "pipelined", "in-line": "inline"}
 """The modes, and the settings that require them."""
@@ -27,37 +29,46 @@ class Row(NamedTuple):
 
     family: str
     architecture: str
+    task: str  # `generate`, or what a pooling model does
     backend: str
     mode: str
     precision: str
     prompts: int
-    equal: int  # prompts whose greedy tokens are all equal
-    difference: float  # the largest of a log-probability, of tokens that are equal
+    equal: int  # prompts whose greedy tokens are all equal, or whose numbers all are within the tolerance
+    difference: float  # the largest of a log-probability, of tokens that are equal, or of a number
+
+
+TOLERANCE = 1e-4
+"""How much a log-probability or a number may differ."""
 
 
 class Answers(NamedTuple):
-    """What the models answered, by architecture, and the log of the process."""
+    """What each model answered, and the log of the process."""
 
-    by_architecture: Mapping[str, list[dict[str, Any]]]
+    by_model: Mapping[str, Any]
     log: str
 
 
-def write_models(folder: Path, architectures: Iterable[str]) -> Path:
-    """Write a checkpoint of each architecture and return their folder."""
-    for architecture in architectures:
-        write_model(MODELS[architecture], folder / architecture)
+def write_models(folder: Path, names: Iterable[str]) -> Path:
+    """Write a checkpoint of each architecture or pooling model and return their folder."""
+    for name in names:
+        if name in POOLING:
+            write_pooling_model(POOLING[name], folder / name)
+        else:
+            write_model(MODELS[name], folder / name)
     return folder
 
 
-def ask(models: Path, architectures: Sequence[str], settings: Mapping[str, str], folder: Path) -> Answers:
-    """Ask each model in one process of vLLM's with these settings, which keeps its output in a folder.
+def ask(models: Path, names: Sequence[str], settings: Mapping[str, str], folder: Path) -> Answers:
+    """Ask models, all or none of them pooling ones, in one process of vLLM's, which keeps its output in a folder.
 
     Raises:
         RuntimeError: If it fails; with the end of its output.
     """
     folder.mkdir()
     target, log = folder / "answers.json", folder / "log"
-    command = [sys.executable, str(_ASK), str(models), str(target), *architectures]
+    script = Path(__file__).with_name("ask_pooling.py" if names[0] in POOLING else "ask_families.py")
+    command = [sys.executable, str(script), str(models), str(target), *names]
     environment = quiet_environment(settings) | forked.WORKER_IN_ENGINE | {"OMP_NUM_THREADS": "1"}
     status = forked.run(command, environment, log)
     output = log.read_text(errors="replace")
@@ -71,18 +82,28 @@ def settings_of(backend: str, mode: str) -> dict[str, str]:
     return {"VISIONACCEL_BACKEND": backend, "VISIONACCEL_MODE": MODES[mode]}
 
 
-def compared(architecture: str, backend: str, mode: str, stock: Answers, ours: Answers) -> Row:
-    """Compare the answers of one architecture's model."""
-    theirs, found = stock.by_architecture[architecture], ours.by_architecture[architecture]
-    pairs = list(zip(theirs, found, strict=True))
-    equal = [(one, other) for one, other in pairs if one["tokens"] == other["tokens"]]
-    differences = [
-        abs(left - right)
-        for one, other in equal
-        for left, right in zip(one["logprobs"], other["logprobs"], strict=True)
-    ]
-    family = MODELS[architecture].family
-    return Row(family, architecture, backend, mode, "float32", len(pairs), len(equal), max(differences, default=0.0))
+def compared(name: str, backend: str, mode: str, stock: Answers, ours: Answers) -> Row:
+    """Compare what one model answered."""
+    theirs, found = stock.by_model[name], ours.by_model[name]
+    if name in POOLING:
+        pooling = POOLING[name]
+        family, architecture, task = pooling.model.family, pooling.architecture, pooling.task
+        differences = [difference(*pair) for pair in zip(theirs, found, strict=True)]
+        equal = sum(each <= TOLERANCE for each in differences)
+    else:
+        family, architecture, task = MODELS[name].family, name, "generate"
+        pairs = [pair for pair in zip(theirs, found, strict=True) if pair[0]["tokens"] == pair[1]["tokens"]]
+        differences = [difference(one["logprobs"], other["logprobs"]) for one, other in pairs]
+        equal = len(pairs)
+    largest = max(differences, default=0.0)
+    return Row(family, architecture, task, backend, mode, "float32", len(theirs), equal, largest)
+
+
+def difference(one: Any, other: Any) -> float:
+    """The largest difference of two arrays' numbers."""
+    left, right = np.asarray(one, np.float64), np.asarray(other, np.float64)
+    assert left.shape == right.shape
+    return float(np.abs(left - right).max())
 
 
 def main() -> None:
@@ -90,13 +111,15 @@ def main() -> None:
     rows = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        models, all_of_them = write_models(folder / "models", MODELS), list(MODELS)
-        stock = ask(models, all_of_them, {}, folder / "stock")
-        for backend in BACKENDS:
-            for mode in MODES:
-                ours = ask(models, all_of_them, settings_of(backend, mode), folder / f"{backend}-{mode}")
-                rows += [compared(architecture, backend, mode, stock, ours) for architecture in MODELS]
-    rows.sort(key=lambda row: (all_of_them.index(row.architecture), row.backend, row.mode))
+        for kind, names in (("models", list(MODELS)), ("pooling", list(POOLING))):
+            models = write_models(folder / kind, names)
+            stock = ask(models, names, {}, folder / f"{kind}-stock")
+            found = []
+            for backend in BACKENDS:
+                for mode in MODES:
+                    ours = ask(models, names, settings_of(backend, mode), folder / f"{kind}-{backend}-{mode}")
+                    found += [(names.index(name), compared(name, backend, mode, stock, ours)) for name in names]
+            rows += [row for _, row in sorted(found)]
     Path(sys.argv[1]).write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n")
 
 

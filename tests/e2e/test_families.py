@@ -48,7 +48,7 @@ def test_a_model_of_every_family_is_asked_here_or_elsewhere():
 
 @pytest.mark.parametrize("architecture", ASKED)
 def test_the_models_vary_and_their_prompts_use_what_vllm_does_with_them(stock, architecture):
-    answers = stock.by_architecture[architecture]
+    answers = stock.by_model[architecture]
     assert len(answers) >= 28
     assert len({tuple(answer["tokens"]) for answer in answers}) >= 10
     assert max(answer["steps"] for answer in answers) > 1, "some are computed in chunks"
