@@ -134,7 +134,7 @@ def warm_start(model: PreTrainedModel, checkpoint: Path) -> int:
 
     A weight fits if it is of the same layer and has the same shape; a patch embedding is resampled to other patches.
     """
-    trained = AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()  # nosec B615 - a local folder
+    trained = AutoModelForImageTextToText.from_pretrained(checkpoint).state_dict()  # nosec B615 # a local folder
     fitting = {}
     for name, weight in model.state_dict().items():
         source = trained.get(name, trained.get(reduce(lambda n, layer: n.replace(*layer), SAME_LAYERS, name)))
