@@ -46,7 +46,7 @@ PARTIAL = [
 ]
 """Architecture, family, and all that a configuration contains: nothing, or what is in a released file."""
 
-ENTRIES_OF_VLLM = {"qwen3_omni": {"image_size"}, "qwen3_5": {"deepstack_visual_indexes"}}
+ENTRIES_OF_VLLM = {"qwen3_omni": {"image_size", "apply_vit_abs_pos_embed"}, "qwen3_5": {"deepstack_visual_indexes"}}
 """Values of which only vLLM reads the configuration, or has a default."""
 
 
@@ -87,6 +87,12 @@ REFUSED = [
     ("glm4v", {"attention_bias": True}, "attention_bias is True; only False is implemented, because vLLM ignores"),
     ("dots_ocr", {"post_norm": False}, "post_norm is False; only True is implemented"),
     ("dots_ocr", {"temporal_patch_size": 2}, "temporal_patch_size is 2; only 1 is implemented"),
+    ("dots_ocr", {"is_causal": True}, "is_causal is True; only False is implemented"),
+    (
+        "qwen3_omni",
+        {"apply_vit_abs_pos_embed": False},
+        "apply_vit_abs_pos_embed is False; only True is implemented, because transformers ignores",
+    ),
 ]
 
 
@@ -95,6 +101,23 @@ def test_what_is_not_implemented_is_refused_by_its_name(family, change, said):
     with pytest.raises(UnsupportedArchitectureError, match=rf"vision_config\.{said}|{said}") as refused:
         described(family, {**TINY_TOWERS[family], **change})
     assert "Pass a released checkpoint" in str(refused.value)
+
+
+@pytest.mark.parametrize("family", sorted(TINY_TOWERS))
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"rope_theta": 500}, "rotary positions of base 500 and kind 'axial'"),
+        ({"rope_parameters": {"rope_theta": 500.0}}, "rotary positions of base 500 and kind 'axial'"),
+        (
+            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
+            "rotary positions of base 10000 and kind 'linear'",
+        ),
+    ],
+)
+def test_other_rotary_positions_are_refused_because_vllm_would_ignore_them(family, change, said):
+    with pytest.raises(UnsupportedArchitectureError, match=said):
+        described(family, {**TINY_TOWERS[family], **change})
 
 
 IMPOSSIBLE = [

@@ -24,7 +24,7 @@ from visionaccel.backends.registry import _default
 from visionaccel.bundle import open_bundle
 from visionaccel.checkpoint import Checkpoint, differing_weights, read_header, write_safetensors
 from visionaccel.cli.bundles import print_certificate, validate
-from visionaccel.core.comparison import THRESHOLDS, Comparison, length_errors, token_cosines
+from visionaccel.core.comparison import FLOAT32_ERROR, THRESHOLDS, Comparison, length_errors, token_cosines
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, Bucket, FixedGrid
 from visionaccel.encoder import open_tower
@@ -113,6 +113,13 @@ def test_programs_that_leave_work_to_the_host_pass(tiny, tmp_path, precision):
     assert run(folder, tiny)["passed"] is True
 
 
+def test_the_limit_of_float32_is_not_for_other_precisions(tiny, tmp_path):
+    folder = write_bundle(tiny, tmp_path / "bundle", "6x10", precision="float16")
+    (result,) = run(folder, tiny, "--threshold", "0.9999")["programs"]
+    assert result["failure"] is None
+    assert result["relative_error"] > FLOAT32_ERROR
+
+
 def test_a_bundle_with_its_own_weights_passes(tiny, tmp_path):
     folder = write_bundle(tiny, tmp_path / "bundle", "6x10", self_contained=True, precision="bfloat16")
     assert run(folder, tiny)["passed"] is True
@@ -124,7 +131,7 @@ def test_without_transformers_tower_the_certificate_says_that_the_reference_is_n
     bundle = open_bundle(write_bundle(tiny, tmp_path / "bundle", "6x10"))
     checkpoint = Checkpoint(tiny)
     assert validate_bundle(bundle, Tower(FAMILY, checkpoint), backend="onnxrt").certificate.independent
-    checkpoint.config = {**checkpoint.config, "architectures": ["ThirdPartyModel"]}
+    checkpoint.config = {**checkpoint.config, "architectures": ["ThirdPartyModel"], "model_type": "third_party"}
     certificate = validate_bundle(bundle, Tower(FAMILY, checkpoint), backend="onnxrt").certificate
     assert certificate.passed
     assert not certificate.independent

@@ -18,6 +18,7 @@ DEFAULTS = {
     "rms_norm_eps": 1e-5,
     "use_bias": False,
     "post_norm": True,
+    "is_causal": False,
 }
 """Values that configurations may leave out: the defaults of the model's own configuration, and of vLLM's."""
 
@@ -25,6 +26,7 @@ DEFAULTS = {
 def _spec(config: VisionConfiguration) -> TowerSpec:
     config.require("temporal_patch_size", 1)
     config.require("post_norm", True)
+    config.require("is_causal", False)
     common = sizes(
         config, hidden="embed_dim", heads="num_attention_heads", depth="num_hidden_layers", channels="num_channels"
     )

@@ -83,7 +83,7 @@ class VisionConfiguration:
         if found not in known:
             raise UnsupportedArchitectureError(
                 f"{self.where}.{name} is {found!r}; only {' or '.join(map(repr, known))} is implemented{why}.",
-                hint="Pass a released checkpoint of this family or a finetune of one.",
+                hint="Pass a released checkpoint of this family or a finetune of one, and no override of this value.",
             )
         return found
 
@@ -91,10 +91,21 @@ class VisionConfiguration:
     def rotary_base(self) -> float:
         """Base of the rotary frequencies, from either of the two places where transformers writes it."""
         try:
-            nested = dict(self._values.get("rope_parameters") or {})
-            return float(nested.get("rope_theta", self._values.get("rope_theta", 10000.0)))
+            return float(self._rotary.get("rope_theta", self._values.get("rope_theta", 10000.0)))
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"rope_theta cannot be read: {error}") from error
+
+    @property
+    def rotary_kind(self) -> str:
+        """Kind of the rotary frequencies; transformers calls the usual one `axial`, and some files `default`."""
+        return str(self._rotary.get("rope_type", "axial"))
+
+    @property
+    def _rotary(self) -> dict[str, Any]:
+        given = self._values.get("rope_parameters") or {}
+        if not isinstance(given, Mapping):
+            raise ValueError(f"rope_parameters is {given!r} and not a mapping")
+        return dict(given)
 
 
 @dataclass(frozen=True)

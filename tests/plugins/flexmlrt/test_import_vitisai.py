@@ -24,7 +24,7 @@ from visionaccel.cli.app import app
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import CHECKPOINT, ONNX, PIXELS, FixedGrid, HostSplit, Program
 from visionaccel.encoder import open_tower
-from visionaccel.errors import BundleError, ConfigurationError
+from visionaccel.errors import BundleError, ConfigurationError, UnsupportedArchitectureError
 from visionaccel.families import tower_of
 from visionaccel.towers import make_tables
 from visionaccel_flexmlrt.artifact import FLEXMLRT_DIRECTORY, FLEXMLRT_RAI, SIMULATOR_MAGIC
@@ -202,6 +202,12 @@ def test_portrait_and_landscape_are_told_apart(tiny, tmp_path, grid, window_orde
     other = {PORTRAIT: LANDSCAPE, LANDSCAPE: PORTRAIT}[grid]
     with pytest.raises(ConfigurationError, match=rf"not for grid {other.h}x{other.w}"):
         imported(tiny, folder, tmp_path / "other", grid=other)
+
+
+def test_a_tower_with_a_norm_after_its_patch_embedding_has_no_such_artifact(tmp_path):
+    tower = open_tower(random_checkpoint(tmp_path / "glm", family="glm4v"))
+    with pytest.raises(UnsupportedArchitectureError, match="has a norm after its patch embedding"):
+        write_vitisai_folder(tower, tmp_path / "out", Grid(1, 6, 10), layout="rai", compile=lambda *_: None)
 
 
 def test_both_orientations_of_the_published_geometry_are_told_apart(tmp_path):

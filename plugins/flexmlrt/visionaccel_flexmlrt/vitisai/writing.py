@@ -35,6 +35,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.onnx_graphs import ExternalData, is_external, point_at
 from visionaccel.core.program import PIXELS, FixedGrid, HostSplit
 from visionaccel.core.tower_spec import Linear
+from visionaccel.errors import UnsupportedArchitectureError
 from visionaccel.families import Tower
 from visionaccel.towers import make_tables
 from visionaccel_flexmlrt.artifact import SIMULATOR_FILE
@@ -114,8 +115,14 @@ def _partition(tower: Tower, grid: Grid, order: WindowOrder) -> onnx.ModelProto:
 def _whole(tower: Tower, grid: Grid, order: WindowOrder, partition: onnx.ModelProto) -> onnx.ModelProto:
     """Return the whole tower, with the partition's operators in it."""
     spec = tower.spec
-    (first,) = spec.embed
+    first, *norms = spec.embed
     assert isinstance(first, Linear), "TowerSpec checks it"
+    if norms:
+        raise UnsupportedArchitectureError(
+            f"a tower of family {tower.family!r} has a norm after its patch embedding, which these artifacts cannot "
+            "have.",
+            hint="Compile the program of a split bundle instead; its host part computes the norm.",
+        )
     tables = make_tables(spec, [grid], grouped=order == "grouped")
     patches, hidden, merged = grid.patches, spec.hidden, spec.merged
     side, steps = spec.patch, spec.temporal
