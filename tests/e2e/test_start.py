@@ -26,15 +26,18 @@ def stripped(digits, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def other_family(digits, tmp_path_factory):
-    """A checkpoint folder that says it is a Qwen2-VL."""
+    """A checkpoint folder that says it is a LLaVA."""
     folder = Path(shutil.copytree(digits, tmp_path_factory.mktemp("other") / "checkpoint"))
     config = json.loads((folder / "config.json").read_text())
-    vision = {"depth": 2, "embed_dim": 32, "hidden_size": 128, "num_heads": 2, "model_type": "qwen2_vl"}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
     config |= {
-        "model_type": "qwen2_vl",
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "vision_config": vision,
-        "text_config": {**config["text_config"], "model_type": "qwen2_vl_text"},
+        "model_type": "llava",
+        "architectures": ["LlavaForConditionalGeneration"],
+        "vision_config": {"model_type": "clip_vision_model", "image_size": 28, "patch_size": 14, **sizes},
+        "text_config": {
+            **{name: value for name, value in config["text_config"].items() if name != "rope_parameters"},
+            "model_type": "qwen2",
+        },
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -100,7 +103,7 @@ def test_without_room_for_images_no_encoder_is_opened(ask, stripped):
 def test_a_model_of_another_family_is_refused(ask, other_family):
     answers = ask({"VISIONACCEL_BACKEND": "onnxrt"}, "few", other_family)
     assert answers["status"] != 0
-    assert "the vision encoder of Qwen2VLForConditionalGeneration is not implemented" in answers["log"]
+    assert "the vision encoder of LlavaForConditionalGeneration is not implemented" in answers["log"]
 
 
 def test_the_fallback_takes_over_a_backend_that_cannot_start(ask, stock):
