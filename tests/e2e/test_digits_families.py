@@ -12,10 +12,10 @@ READERS = {
 
 
 @pytest.fixture(scope="module", params=READERS)
-def both(request, ask):
-    """The answers of stock vLLM, and those with the family's backend."""
+def both(request, ask, ask_processes):
+    """The answers of stock vLLM, and those with the family's backend, whose embeddings pass between processes."""
     checkpoint = checkpoint_path(request.param)
-    stock, ours = ask({}, "matrix", checkpoint), ask(READERS[request.param], "matrix", checkpoint)
+    stock, ours = ask({}, "matrix", checkpoint), ask_processes(READERS[request.param], "matrix", checkpoint)
     for answers in (stock, ours):
         assert answers["status"] == 0, answers["log"][-4000:]
     return stock, ours

@@ -104,20 +104,10 @@ def test_what_is_not_implemented_is_refused_by_its_name(family, change, said):
 
 
 @pytest.mark.parametrize("family", sorted(TINY_TOWERS))
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"rope_theta": 500}, "rotary positions of base 500 and kind 'axial'"),
-        ({"rope_parameters": {"rope_theta": 500.0}}, "rotary positions of base 500 and kind 'axial'"),
-        (
-            {"rope_parameters": {"rope_type": "linear", "factor": 2.0}},
-            "rotary positions of base 10000 and kind 'linear'",
-        ),
-    ],
-)
-def test_other_rotary_positions_are_refused_because_vllm_would_ignore_them(family, change, said):
-    with pytest.raises(UnsupportedArchitectureError, match=said):
-        described(family, {**TINY_TOWERS[family], **change})
+def test_scaled_rotary_frequencies_are_refused(family):
+    scaled = {"rope_parameters": {"rope_type": "linear", "factor": 2.0}}
+    with pytest.raises(UnsupportedArchitectureError, match="rope_type is 'linear'; only 'axial' is implemented"):
+        described(family, {**TINY_TOWERS[family], **scaled})
 
 
 IMPOSSIBLE = [

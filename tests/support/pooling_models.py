@@ -47,7 +47,7 @@ class Pooling:
 
     @property
     def architecture(self) -> str:
-        """The architecture that vLLM is told to serve."""
+        """The architecture under which vLLM serves it."""
         told = {"architectures": [self.base], **self.config, **self.engine.get("hf_overrides", {})}
         return str(told["architectures"][0])
 

@@ -267,7 +267,7 @@ def _weights(model: Model, tokenizer: Any, folder: Path) -> None:
     tensors = load_file(file)
     if model.family == "dots_ocr":  # transformers has no class of it; released checkpoints have theirs
         tower = load_file(random_checkpoint(folder / "tower", model.vision, family=model.family) / file.name)
-        tensors |= {name: weight.squeeze(2) if weight.ndim == 5 else weight for name, weight in tower.items()}
+        tensors |= tower
         code = "from vllm.transformers_utils.configs.dotsocr import DotsOCRConfig"
         (folder / "configuration_dots.py").write_text(f"{code}\n")
         document |= {"model_type": "dots_ocr", "vision_config": dict(model.vision), **ids}

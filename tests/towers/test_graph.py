@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -15,12 +14,8 @@ from hypothesis import settings as hypothesis_settings
 from strategies import grid_lists
 from towers import random_patches, reference
 from visionaccel import open_encoder
-from visionaccel.checkpoint import Checkpoint
 from visionaccel.encoder import open_tower
 from visionaccel.errors import CheckpointError
-from visionaccel.families import Tower
-from visionaccel.families.qwen2_5_vl import FAMILY
-from visionaccel.towers import VisionConfiguration
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B, TINY, hollow_checkpoint, random_checkpoint, tower_shapes
 
 VARIANTS = [
@@ -62,18 +57,10 @@ def test_embeddings_equal_transformers(checkpoint, encoder, triples):
     ids=["beside", "within"],
 )
 def test_the_rotary_base_is_read_where_transformers_reads_it(tmp_path, rope):
-    def described(config):  # as a family may that is not refused for what vLLM ignores
-        usual = FAMILY.spec(VisionConfiguration(TINY, FAMILY.defaults, "config.json"))
-        return replace(usual, rotary_base=config.rotary_base)
-
-    folder = random_checkpoint(tmp_path)
-    document = json.loads((folder / "config.json").read_text())
-    document["vision_config"] |= rope
-    (folder / "config.json").write_text(json.dumps(document))
-    tower = Tower(replace(FAMILY, spec=described), Checkpoint(folder))
+    folder = random_checkpoint(tmp_path, {**TINY, **rope})
     triples = [(1, 20, 18)]
     patches = random_patches(triples)
-    with open_encoder(tower, backend="onnxrt") as encoder:
+    with open_encoder(folder, backend="onnxrt") as encoder:
         ours = encoder.encode(patches, triples)
     np.testing.assert_allclose(ours, reference(folder, patches, triples), rtol=0, atol=2e-5)
     with open_encoder(random_checkpoint(tmp_path / "other"), backend="onnxrt") as encoder:

@@ -4,19 +4,17 @@ import json
 from collections.abc import Iterable
 from itertools import product
 from pathlib import Path
+from typing import NoReturn
 
 from docsite.evidence import committed
 
-__all__ = ["ABSENT", "SERVED", "form_table", "served_table"]
+__all__ = ["SERVED", "form_table", "served_table"]
 
 SERVED = Path(__file__).parents[2] / "docs" / "families.json"
 """What `make families` writes."""
 
 _FORMS = ("any grid", "bucket", "fixed grid", "split", "fixed grid in bfloat16", "any grid in int8", "split, simulated")
 _BACKENDS = ("torch_ref", "onnxrt", "openvino", "flexmlrt")
-
-ABSENT: dict[tuple[str, str], str] = {}
-"""Why a combination that others have did not run, by row and column."""
 
 
 def form_table(families: Iterable[str]) -> str:
@@ -27,7 +25,7 @@ def form_table(families: Iterable[str]) -> str:
         found = [form in ran.get(f"{family}: {backend}", ()) for family in families]
         if any(found):
             cells = [
-                "yes" if ok else _reason(f"{backend}, {form}", family)
+                "yes" if ok else _refuse(f"{backend}, {form}", family)
                 for family, ok in zip(families, found, strict=True)
             ]
             lines.append((f"`{backend}`", form, *cells))
@@ -47,21 +45,15 @@ def served_table() -> str:
     lines = []
     for (architecture, family, task), of_model in found.items():
         cells = [
-            "{} of {}, {:.0e}".format(*of_model[way]) if way in of_model else _reason(architecture, way) for way in ways
+            "{} of {}, {:.0e}".format(*of_model[way]) if way in of_model else _refuse(architecture, way) for way in ways
         ]
         lines.append((f"`{architecture}`", f"`{family}`", task, *cells))
     return _table(("architecture", "family", "task", *ways), lines)
 
 
-def _reason(row: str, column: str) -> str:
-    """Return why a combination did not run.
-
-    Raises:
-        ValueError: If that is not known: the page must not pass over it.
-    """
-    if (row, column) not in ABSENT:
-        raise ValueError(f"no result of {row} and {column}, and ABSENT does not say why")
-    return ABSENT[row, column]
+def _refuse(row: str, column: str) -> NoReturn:
+    """Raise, because the page must not pass over a combination that did not run."""
+    raise ValueError(f"no result of {row} and {column}")
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

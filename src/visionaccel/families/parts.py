@@ -5,10 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from visionaccel.core.tower_spec import NormKind
-from visionaccel.errors import UnsupportedArchitectureError
 from visionaccel.towers import Activation, Linear, Merge, Norm, Step, VisionConfiguration
-
-ROTARY_BASE = 10000.0
 
 
 def sizes(
@@ -22,17 +19,9 @@ def sizes(
     """Return the sizes of the patches and blocks, as arguments of `TowerSpec`; the arguments are the values' names.
 
     Raises:
-        UnsupportedArchitectureError: If the rotary frequencies are others than vLLM's, which ignores these entries,
-            while transformers does not.
+        UnsupportedArchitectureError: If the rotary frequencies do not follow from their base alone.
         ValueError: If a patch or a token has no size: other sizes are divided by theirs.
     """
-    if config.rotary_base != ROTARY_BASE or config.rotary_kind not in ("axial", "default"):
-        raise UnsupportedArchitectureError(
-            f"{config.where} asks for rotary positions of base {config.rotary_base:g} and kind {config.rotary_kind!r}; "
-            f"only base {ROTARY_BASE:g} and kind 'axial' are implemented, because vLLM ignores the entries and "
-            "transformers does not.",
-            hint="Remove rope_theta and rope_parameters from the vision configuration, or the override that sets them.",
-        )
     for name in ("patch_size", "spatial_merge_size"):
         if config.whole(name) < 1:
             raise ValueError(f"{name} is {config.whole(name)}; it must be positive")
@@ -44,6 +33,7 @@ def sizes(
         "hidden": config.whole(hidden),
         "heads": config.whole(heads),
         "depth": config.whole(depth),
+        "rotary_base": config.rotary_base,
     }
 
 

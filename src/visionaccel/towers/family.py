@@ -22,6 +22,8 @@ from visionaccel.errors import CheckpointError, PluginError, UnsupportedArchitec
 _NAME = re.compile(r"[^{}]*(\{n\}[^{}]*)?")
 """A module's name, in which `{n}` may be a number."""
 
+_RELEASED = "Pass a released checkpoint of this family or a finetune of one, and no override of this value."
+
 _SHOWN = 8
 """Names that an error lists at most."""
 
@@ -83,29 +85,28 @@ class VisionConfiguration:
         if found not in known:
             raise UnsupportedArchitectureError(
                 f"{self.where}.{name} is {found!r}; only {' or '.join(map(repr, known))} is implemented{why}.",
-                hint="Pass a released checkpoint of this family or a finetune of one, and no override of this value.",
+                hint=_RELEASED,
             )
         return found
 
     @property
     def rotary_base(self) -> float:
-        """Base of the rotary frequencies, from either of the two places where transformers writes it."""
+        """Base of the rotary frequencies, from either of the two places where transformers writes it.
+
+        Raises:
+            UnsupportedArchitectureError: If the frequencies do not follow from the base alone.
+        """
         try:
-            return float(self._rotary.get("rope_theta", self._values.get("rope_theta", 10000.0)))
+            nested = dict(self._values.get("rope_parameters") or {})
+            base = float(nested.get("rope_theta", self._values.get("rope_theta", 10000.0)))
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"rope_theta cannot be read: {error}") from error
-
-    @property
-    def rotary_kind(self) -> str:
-        """Kind of the rotary frequencies; transformers calls the usual one `axial`, and some files `default`."""
-        return str(self._rotary.get("rope_type", "axial"))
-
-    @property
-    def _rotary(self) -> dict[str, Any]:
-        given = self._values.get("rope_parameters") or {}
-        if not isinstance(given, Mapping):
-            raise ValueError(f"rope_parameters is {given!r} and not a mapping")
-        return dict(given)
+        kind = nested.get("rope_type", "axial")
+        if kind not in ("axial", "default"):  # transformers' name, and that in older files
+            raise UnsupportedArchitectureError(
+                f"{self.where}.rope_parameters.rope_type is {kind!r}; only 'axial' is implemented.", hint=_RELEASED
+            )
+        return base
 
 
 @dataclass(frozen=True)

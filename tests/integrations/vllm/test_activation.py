@@ -336,8 +336,15 @@ def test_an_override_of_the_towers_epsilon_is_refused(config, monkeypatch):
         activation.check_engine(config)
 
 
+def test_another_base_of_the_towers_rotary_positions_is_refused_because_vllm_would_ignore_it(config, monkeypatch):
+    monkeypatch.setattr(config.model_config.hf_config.vision_config, "rope_theta", 500.0, raising=False)
+    monkeypatch.setattr(config.model_config.hf_config.vision_config, "rope_parameters", None, raising=False)
+    with pytest.raises(ConfigurationError, match=r"rope_theta=500, but vLLM's .* ignores that and computes with 10000"):
+        activation.check_engine(config)
+
+
 def test_the_epsilon_of_the_familys_description_counts(config, monkeypatch):
-    described = SimpleNamespace(spec=SimpleNamespace(norm1=SimpleNamespace(epsilon=1e-5)))
+    described = SimpleNamespace(spec=SimpleNamespace(norm1=SimpleNamespace(epsilon=1e-5), rotary_base=10000.0))
     monkeypatch.setattr(encoder_source, "served_tower", lambda served, stored: described)
     monkeypatch.setattr(config.model_config.hf_config, "rms_norm_eps", 1e-6, raising=False)
     with pytest.raises(ConfigurationError, match=r"rms_norm_eps=1e-06 with the served .*, but only 1e-05"):

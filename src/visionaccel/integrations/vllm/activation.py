@@ -141,9 +141,15 @@ def _check(config: VllmConfig, served: engine_config.ServedModel, settings: Sett
     from visionaccel.integrations.vllm.encoder_source import served_spec  # not needed in every process
     from visionaccel.integrations.vllm.processing import changed_size
 
-    spec = served_spec(served)
+    spec, row = served_spec(served), architectures.ARCHITECTURES[served.replaces]
+    if spec.rotary_base != row.rotary_base:
+        raise ConfigurationError(
+            f"the vision configuration sets rope_theta={spec.rotary_base:g}, but vLLM's vision encoder ignores that "
+            f"and computes with {row.rotary_base:g}.",
+            hint="Remove rope_theta from the vision configuration, or the override that sets it.",
+        )
     if served.epsilon != spec.norm1.epsilon:
-        path = ".".join(architectures.ARCHITECTURES[served.replaces].epsilon)
+        path = ".".join(row.epsilon)
         raise ConfigurationError(
             f"vLLM's vision encoder has {path}={served.epsilon} with the served configuration, but only "
             f"{spec.norm1.epsilon} is implemented for this model.",

@@ -24,6 +24,8 @@ class Architecture:
         epsilon: Path of attributes from the model's configuration (`hf_config`) to what vLLM's tower adds to variances.
             An engine does not start if that is not the family's value.
         usual_epsilon: What vLLM's tower adds if the configuration has no such attribute.
+        rotary_base: Base of the rotary positions in vLLM's tower, which ignores the configuration's. An engine does not
+            start if that is not the family's value.
         limits_count_frames: Whether the image processor's smallest and largest size limit the pixels of all frames that
             a patch spans, instead of the pixels of the image.
     """
@@ -32,4 +34,5 @@ class Architecture:
     towers: tuple[str, ...]
     epsilon: tuple[str, ...] = ("rms_norm_eps",)
     usual_epsilon: float = 1e-6
+    rotary_base: float = 10000.0
     limits_count_frames: bool = False

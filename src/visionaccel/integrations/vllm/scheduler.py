@@ -170,10 +170,11 @@ def _faulty(items: Iterable[scheduling.ScheduledItem], faults: list[Fault], dtyp
         seen.add(item.identifier)
         if item.pixels is not None:
             (grid,) = as_grids(item.grid)
-            # Some models cast pixels before they call their tower.
-            keys = {item_key(pixels, grid) for pixels in (item.pixels, item.pixels.to(dtype))} & messages.keys()
-            found |= dict.fromkeys([item.identifier] if keys else [], " ".join(messages[key] for key in keys))
-            matched |= keys
+            # Some models cast pixels before they call their tower. If nothing is cast, both are one tensor.
+            keys = {item_key(pixels, grid) for pixels in {item.pixels, item.pixels.to(dtype)}} & messages.keys()
+            if keys:
+                found[item.identifier] = " ".join(sorted({messages[key] for key in keys}))
+                matched |= keys
     if matched != set(messages):
         # It is not known which item is faulty: one error too many is better than one wrong answer.
         return dict.fromkeys(seen, " ".join(messages.values())) | found

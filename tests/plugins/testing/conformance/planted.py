@@ -38,6 +38,16 @@ def on_graph(change):
         change(model.graph)
         _init(self, dataclasses.replace(program, model=model.SerializeToString))
     Session.__init__ = init
+
+def replaced(old, new, **attributes):
+    def change(graph):
+        from onnx import helper
+        for node in graph.node:
+            if node.op_type == old:
+                node.op_type = new
+                del node.attribute[:]
+                node.attribute.extend(helper.make_attribute(*pair) for pair in attributes.items())
+    on_graph(change)
 """
 
 

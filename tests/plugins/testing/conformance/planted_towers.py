@@ -1,4 +1,4 @@
-"""Bad backends: each computes one mechanism of a family's tower wrongly, in numbers that look right."""
+"""Faults in the mathematics of a family's tower: the backend returns plausible numbers, but one step is wrong."""
 
 from conformance.planted import Planted
 
@@ -7,14 +7,7 @@ __all__ = ["PLANTED_IN_TOWERS"]
 PLANTED_IN_TOWERS = (
     Planted(
         "gelu_for_quick_gelu", "L2-tower-qwen2_vl", "cosine",
-        """
-        def change(graph):
-            for node in graph.node:
-                if node.op_type == "QuickGelu":
-                    node.op_type = "Gelu"
-                    del node.attribute[:]
-        on_graph(change)
-        """,
+        'replaced("QuickGelu", "Gelu")',
     ),
     Planted(
         "dropped_bias", "L2-tower-qwen2_vl", "cosine",
@@ -29,15 +22,7 @@ PLANTED_IN_TOWERS = (
     ),
     Planted(
         "quick_gelu_for_gelu", "L2-tower-qwen2_5_vl", "cosine",
-        """
-        def change(graph):
-            import onnx
-            for node in graph.node:
-                if node.op_type == "Gelu":
-                    node.op_type = "QuickGelu"
-                    node.attribute.append(onnx.helper.make_attribute("alpha", 1.702))
-        on_graph(change)
-        """,
+        'replaced("Gelu", "QuickGelu", alpha=1.702)',
     ),
     Planted(
         "swapped_queries_and_keys", "L2-tower-qwen2_5_omni", "cosine",
@@ -52,23 +37,11 @@ PLANTED_IN_TOWERS = (
     ),
     Planted(
         "gelu_for_tanh", "L2-tower-qwen3_5", "less exact than the precision promises",
-        """
-        def change(graph):
-            for node in graph.node:
-                if node.op_type == "FastGelu":
-                    node.op_type = "Gelu"
-        on_graph(change)
-        """,
+        'replaced("FastGelu", "Gelu")',
     ),
     Planted(
         "tanh_for_gelu", "L2-tower-qwen3_5", "less exact than the precision promises",
-        """
-        def change(graph):
-            for node in graph.node:
-                if node.op_type == "Gelu":
-                    node.op_type = "FastGelu"
-        on_graph(change)
-        """,
+        'replaced("Gelu", "FastGelu")',
     ),
     Planted(
         "transposed_positions", "L2-tower-qwen3_vl", "cosine",
