@@ -15,10 +15,10 @@ from served import served_model
 from visionaccel import open_encoder
 from visionaccel.bundle import strip_checkpoint
 from visionaccel.checkpoint import Checkpoint
-from visionaccel.encoder import open_tower
+from visionaccel.encoder import open_tower, source_digest
 from visionaccel.errors import ConfigurationError, DeviceError
 from visionaccel.integrations.vllm.compat import worker
-from visionaccel.integrations.vllm.encoder_source import Replacement, StoredWeights, source_digest
+from visionaccel.integrations.vllm.encoder_source import Replacement, StoredWeights
 from visionaccel.integrations.vllm.inline import visual
 from visionaccel.integrations.vllm.shared_memory import REPLACED
 from visionaccel_testing.checkpoints import TINY, random_checkpoint

@@ -27,12 +27,13 @@ from visionaccel.bundle import Bundle
 from visionaccel.core.arrays import as_numpy
 from visionaccel.core.containment import device_errors
 from visionaccel.core.grid import as_grids
+from visionaccel.encoder import source_digest
 from visionaccel.errors import ConfigurationError, VisionAccelError
 from visionaccel.families import Tower
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import engine_config, scheduling, worker
 from visionaccel.integrations.vllm.compat.scheduling import ECConnectorBase, ECConnectorMetadata, ECConnectorRole
-from visionaccel.integrations.vllm.encoder_source import Replacement, announce, open_served_source, source_digest
+from visionaccel.integrations.vllm.encoder_source import Replacement, announce, open_served_source
 from visionaccel.integrations.vllm.pipelined.pending_images import PendingImages, WantedItem
 from visionaccel.integrations.vllm.published_metrics import publish
 from visionaccel.service import EncodeService, open_wanted_service

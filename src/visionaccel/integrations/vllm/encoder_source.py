@@ -12,23 +12,13 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from copy import copy
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from visionaccel.backends import AUTO, default_registry, select
-from visionaccel.bundle import (
-    STRIP_NOTE,
-    Bundle,
-    is_bundle,
-    open_bundle,
-    processor_digest,
-    read_strip_note,
-    require_processor,
-    tower_digest,
-)
-from visionaccel.checkpoint import Checkpoint, locate_checkpoint
+from visionaccel.bundle import Bundle, is_bundle, read_strip_note
+from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.arrays import as_numpy, dtype_name
 from visionaccel.core.cores import on_cores
 from visionaccel.core.dtypes import FLOATS
@@ -36,7 +26,8 @@ from visionaccel.core.memory_files import FileState
 from visionaccel.core.program import AnyGrid, Coverage
 from visionaccel.core.stored_tensor import StoredTensor
 from visionaccel.core.tower_spec import TowerSpec
-from visionaccel.errors import ArtifactError, CheckpointError, ConfigurationError
+from visionaccel.encoder import open_matching, source_digest
+from visionaccel.errors import ArtifactError, ConfigurationError
 from visionaccel.families import Tower, family_of, tower_of
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import weight_files, worker
@@ -82,28 +73,7 @@ def open_served_source(served: ServedModel, settings: Settings) -> Tower | Bundl
         if wanted.stored_names:
             _ = wanted.weights  # an encoder that is opened late reads these files, not what replaced them
         return wanted
-    if not settings.bundle.is_dir():
-        raise ConfigurationError(
-            f"VISIONACCEL_BUNDLE={str(settings.bundle)!r} is not a folder.",
-            hint="Set it to an existing folder; `visionaccel pull` fetches a bundle from the hub.",
-        )
-    source: Tower | Bundle
-    if is_bundle(settings.bundle):
-        source = open_bundle(settings.bundle, checkpoint=stored)
-        processor = source.manifest.processor_digest
-    else:
-        source = tower_of(locate_checkpoint(settings.bundle))
-        processor = processor_digest(source.tower.checkpoint.folder)
-    _require_weights(wanted, source_digest(source), settings.bundle)
-    require_processor(processor, stored.folder, settings.bundle)
-    if wanted.spec != source.tower.spec:
-        raise ConfigurationError(
-            f"the encoder in {settings.bundle} was made for a different vision configuration than the served one: "
-            f"{source.tower.spec.differing(wanted.spec)}.",
-            hint="Point VISIONACCEL_BUNDLE at the encoder of the served model, or drop the --hf-overrides that change "
-            "the vision tower.",
-        )
-    return source
+    return open_matching(settings.bundle, wanted, stored)
 
 
 def stripped_source(served: ServedModel, settings: Settings, used: Tower | Bundle | None) -> Tower | Bundle | None:
@@ -129,37 +99,10 @@ def stripped_source(served: ServedModel, settings: Settings, used: Tower | Bundl
     return open_served_source(served, settings)
 
 
-def source_digest(source: Tower | Bundle) -> str:
-    """Return the digest of an encoder's weights."""
-    return source.manifest.weights_digest if isinstance(source, Bundle) else tower_digest(source)
-
-
 def _served_checkpoint(served: ServedModel) -> Checkpoint:
     """Return the files that vLLM loads; vLLM downloads missing ones."""
     folder = weight_files.settings_folder(served.source, served.revision)
     return Checkpoint(folder, files=weight_files.weight_files(served.source, served.revision, served.load))
-
-
-def _require_weights(served: Tower, digest: str, folder: Path) -> None:
-    """Refuse an encoder of other vision weights than the served checkpoint's.
-
-    A checkpoint stripped of its vision weights keeps a note of their digest. Without a note it is trusted.
-    """
-    noted = read_strip_note(served.checkpoint.folder)
-    found = tower_digest(served) if served.stored_names else noted
-    if found is None:
-        return
-    if noted not in (None, found):
-        raise CheckpointError(
-            f"{served.checkpoint.folder} contains vision weights, but not those that were removed according to its "
-            f"{STRIP_NOTE}.",
-            hint=f"Remove {STRIP_NOTE} if the weights are right, or strip the checkpoint again.",
-        )
-    if found != digest:
-        raise ConfigurationError(
-            f"the encoder in {folder} was made from different vision weights than those of {served.checkpoint.folder}.",
-            hint="Export a bundle from the served checkpoint.",
-        )
 
 
 def announce(encoders: Sequence[GuardedEncoder], how: str, on_drift: Callable[[], None]) -> None:

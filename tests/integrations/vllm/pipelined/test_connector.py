@@ -28,11 +28,11 @@ from gated import Gate, wait_until
 from modelled_engine import GOOD, GRID, IMAGES, TAINTED, Engine, Worker, forget, make, pixels
 from visionaccel import open_encoder
 from visionaccel.backends import Session
-from visionaccel.encoder import open_tower
+from visionaccel.encoder import open_tower, source_digest
 from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm.activation import choose_mode
 from visionaccel.integrations.vllm.compat import architectures, engine_config
-from visionaccel.integrations.vllm.encoder_source import Replacement, source_digest
+from visionaccel.integrations.vllm.encoder_source import Replacement
 from visionaccel.integrations.vllm.pipelined import self_test
 from visionaccel.integrations.vllm.pipelined.pending_images import PendingImages, WantedItem
 from visionaccel.integrations.vllm.shared_memory import _VARIABLE as MEMORY

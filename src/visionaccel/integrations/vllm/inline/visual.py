@@ -19,6 +19,7 @@ from visionaccel.bundle import Bundle
 from visionaccel.core.arrays import as_host_tensor, dtype_name, is_tensor, split_rows
 from visionaccel.core.containment import device_errors
 from visionaccel.core.grid import as_grids
+from visionaccel.encoder import source_digest
 from visionaccel.errors import ConfigurationError, DeadlineError, InputError, VisionAccelError
 from visionaccel.families import Tower, family_for
 from visionaccel.integrations.vllm import compat
@@ -29,7 +30,6 @@ from visionaccel.integrations.vllm.encoder_source import (
     StoredWeights,
     announce,
     open_served_source,
-    source_digest,
     stripped_source,
 )
 from visionaccel.integrations.vllm.published_metrics import publish
