@@ -23,6 +23,7 @@ class PluginExtras(MetadataHookInterface):
             "cli": ["rich>=13.7", "typer>=0.19"],
             "images": ["pillow>=10", "scikit-image>=0.24", "torch>=2.5", "transformers>=5.18"],
             "onnx": ["onnx>=1.19"],
+            "transformers": ["pillow>=10", "torch>=2.5", "transformers>=5.18"],
             **{extra: [requirement] for extra, requirement in plugins.items()},
             # In a checkout, those of this repository that it requires are taken from there too.
             "bench": [plugins["bench"], *testing],

@@ -268,8 +268,10 @@ FORMER_NAMES = {
 _FORMER_MODES = {"0": "inline", "false": "inline", "1": "auto", "true": "auto"}
 
 
-def load_settings() -> Settings:
+def load_settings(**chosen: Any) -> Settings:
     """Read the settings from the environment; former names are accepted and logged as deprecated.
+
+    Values `chosen` by field name take precedence; None leaves a setting to the environment.
 
     A variable that starts with `VISIONACCEL_` but is not a setting is probably a typing error: it is logged as ignored.
 
@@ -285,7 +287,7 @@ def load_settings() -> Settings:
             _warn_once(old, "%s is deprecated; set %s instead.", new)
             if not os.environ.get(new):
                 given[field] = _FORMER_MODES.get(value.strip().lower(), value) if field == "mode" else value
-    return make_settings(**given)
+    return make_settings(**given | {name: value for name, value in chosen.items() if value is not None})
 
 
 def unknown_variables() -> dict[str, str | None]:

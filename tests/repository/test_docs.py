@@ -88,7 +88,7 @@ def test_targets_benchmarks_and_extras_in_pages_exist():
         assert set(re.findall(r"python -m benchmarks ([a-z_]+)", text)) <= benchmarks, page
         extras = {one for each in re.findall(r"(?:visionaccel|'\.)\[([a-z_,]+)\]", text) for one in each.split(",")}
         of_a_template = {"test"}  # of the project that `visionaccel init backend` writes
-        assert extras <= {*module.PLUGINS, "cli", "images", "onnx", *of_a_template}, page
+        assert extras <= {*module.PLUGINS, "cli", "images", "onnx", "transformers", *of_a_template}, page
 
 
 def test_links_between_pages_lead_somewhere():

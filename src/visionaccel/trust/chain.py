@@ -149,6 +149,17 @@ class GuardedEncoder:
         self.fallback_items = 0
         self.failed_items = 0
 
+    def described(self, how: str) -> str:
+        """Say for logs what encodes, and `how`: in-line, for example."""
+        primary, capabilities = self.primary, self.primary.capabilities
+        takes = ", ".join(str(opened.program.coverage) for opened in primary.programs)
+        fallback = ", ".join(link.name for link in self.links[1:] if not link.same) or "none"
+        return (
+            f"the vision encoder runs on backend {primary.backend!r}, device {capabilities.device}"
+            f"{' (simulated)' if capabilities.simulated else ''}, {capabilities.precision} arithmetic, {how}, and "
+            f"takes {takes}; fallback: {fallback}"
+        )
+
     @property
     def closed(self) -> bool:
         """Whether the chosen encoder was closed."""

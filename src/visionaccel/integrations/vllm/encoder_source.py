@@ -110,14 +110,7 @@ def announce(encoders: Sequence[GuardedEncoder], how: str, on_drift: Callable[[]
     for link in {link for encoder in encoders for link in encoder.links}:
         link.on_drift(on_drift)
     for encoder in encoders:
-        primary, capabilities = encoder.primary, encoder.primary.capabilities
-        takes = ", ".join(str(opened.program.coverage) for opened in primary.programs)
-        fallback = ", ".join(link.name for link in encoder.links[1:] if not link.same) or "none"
-        compat.logger().info(
-            f"visionaccel: the vision encoder runs on backend {primary.backend!r}, device {capabilities.device}"
-            f"{' (simulated)' if capabilities.simulated else ''}, {capabilities.precision} arithmetic, {how}, and "
-            f"takes {takes}; fallback: {fallback}"
-        )
+        compat.logger().info(f"visionaccel: {encoder.described(how)}")
 
 
 @dataclass(frozen=True)

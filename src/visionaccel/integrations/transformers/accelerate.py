@@ -1,0 +1,219 @@
+"""Puts an encoder in the place of a model's vision tower, in a model in memory or while it is loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Self
+
+import torch
+import transformers
+from torch import nn
+
+from visionaccel.bundle import Bundle
+from visionaccel.checkpoint import Checkpoint, locate_checkpoint
+from visionaccel.core.safe_text import safe_logger
+from visionaccel.encoder import hold_source, open_matching
+from visionaccel.errors import ConfigurationError, UnsupportedArchitectureError
+from visionaccel.families import Tower, tower_of
+from visionaccel.integrations.transformers.tower import (
+    EncoderTower,
+    put_tower,
+    stored_weights,
+    tower_in_memory,
+    tower_place,
+)
+from visionaccel.observe import EncoderMetrics
+from visionaccel.service import open_guarded
+from visionaccel.settings import Settings, load_settings
+from visionaccel.trust import GuardedEncoder
+
+logger = safe_logger(__name__)
+
+
+class Accelerated:
+    """A model whose vision tower is an encoder. As a context manager, it restores the tower at the end.
+
+    Attributes:
+        model: The model, for transformers' `generate`, pipelines and everything else.
+        encoder: The chain of encoders, with what it has counted.
+    """
+
+    def __init__(self, model: Any, tower: EncoderTower, own: nn.Module | None) -> None:
+        self.model, self.encoder = model, tower.encoder
+        self._tower, self._own = tower, own
+
+    def restore(self) -> None:
+        """Close the encoder, and put the model's own tower back.
+
+        A model that was loaded without its tower has none: after this it raises a ConfigurationError for images.
+        """
+        place, now = tower_place(self.model)
+        if now is self._tower and self._own is not None:
+            put_tower(place, self._own)
+        self.encoder.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.restore()
+
+
+def accelerate(
+    model: Any,
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    bundle: str | os.PathLike[str] | None = None,
+    fallback: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+) -> Accelerated:
+    """Put an encoder in the place of the vision tower of a model that transformers has loaded.
+
+    The encoder computes with the weights that the tower has now, so changes that were made since the model was loaded
+    count too. The tower itself is kept for `Accelerated.restore`; `load` never allocates it.
+
+    Args:
+        model: A `PreTrainedModel` with a vision tower.
+        backend: Name of an installed backend, or `auto`. The default of this and of the other arguments is the
+            variable of the same name, such as `VISIONACCEL_BACKEND`; without one, it is `auto`.
+        device: The backend's device.
+        bundle: Folder of a bundle or checkpoint with the same vision weights.
+        fallback: One or more backends, separated by commas, that encode what this one fails on.
+        settings: Other settings by the name of their variable in small letters, without `VISIONACCEL_`.
+
+    Returns:
+        The handle. It need not be kept if the tower will not be restored.
+
+    Raises:
+        ConfigurationError: If the model has an encoder already, the bundle belongs to another model, a setting is
+            invalid, or the backend cannot run here.
+        ArtifactError: If the bundle is broken, or the tower cannot be read: it is quantised, offloaded or unknown.
+        DeviceError: If the device fails to open, or encodes the bundle's golden images incorrectly.
+    """
+    wanted = _settings(backend, device, bundle, fallback, settings)
+    place, own = tower_place(model)
+    if isinstance(own, EncoderTower):
+        raise ConfigurationError("the model has an encoder already.", hint="Call `restore` of its handle first.")
+    tower = tower_in_memory(place, own)
+    source = tower if wanted.bundle is None else open_matching(wanted.bundle, tower, tower.checkpoint)
+    encoder = _opened(hold_source(source), wanted)
+    return _put(model, encoder, own, own.state_dict)
+
+
+def load(
+    path: str | os.PathLike[str],
+    *,
+    backend: str | None = None,
+    device: str | None = None,
+    bundle: str | os.PathLike[str] | None = None,
+    fallback: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    model_class: type[transformers.PreTrainedModel] | None = None,
+    revision: str | None = None,
+    **arguments: Any,
+) -> Accelerated:
+    """Load a model without its vision tower, with an encoder in its place.
+
+    Args:
+        path: Folder or Hugging Face repository of the checkpoint.
+        backend: As for `accelerate`, like `device`, `bundle`, `fallback` and `settings`.
+        device: See `backend`.
+        bundle: See `backend`. The checkpoint may then be one that was stripped of its vision weights.
+        fallback: See `backend`.
+        settings: See `backend`.
+        model_class: transformers' class of the model; the default is the one that the checkpoint names.
+        revision: Revision of the repository.
+        arguments: Arguments of the class's `from_pretrained`, such as `dtype` and `device_map`.
+
+    Returns:
+        The handle, whose `model` is in evaluation mode.
+
+    Raises:
+        ConfigurationError: As for `accelerate`.
+        ArtifactError: If the checkpoint or the bundle is broken.
+        UnsupportedArchitectureError: If transformers has no such model, or no family describes its tower.
+        DeviceError: As for `accelerate`.
+    """
+    wanted = _settings(backend, device, bundle, fallback, settings)
+    stored = locate_checkpoint(path, revision)
+    tower = tower_of(stored)
+    source = tower if wanted.bundle is None else open_matching(wanted.bundle, tower, stored)
+    kind = model_class or _class_of(stored)
+    encoder = _opened(source, wanted)
+    try:
+        model = _without_tower(kind).from_pretrained(stored.folder, **arguments)
+        model.__class__ = kind
+        return _put(model, encoder, None, partial(stored_weights, tower))
+    except BaseException:
+        encoder.close()
+        raise
+
+
+def _settings(
+    backend: str | None,
+    device: str | None,
+    bundle: str | os.PathLike[str] | None,
+    fallback: str | None,
+    others: Mapping[str, Any] | None,
+) -> Settings:
+    chosen = {"backend": backend, "device": device, "bundle": bundle, "fallback": fallback}
+    return load_settings(**{**(others or {}), **chosen})
+
+
+def _opened(source: Tower | Bundle, settings: Settings) -> GuardedEncoder:
+    if len(settings.devices) > 1:
+        logger.warning("In transformers, only device %s is used.", settings.devices[0])
+    metrics = EncoderMetrics.install() if settings.metrics else None  # before the canary, which counts too
+    (encoder,) = open_guarded(source, settings, settings.wanted_devices[:1])
+    if metrics is not None:
+        metrics.watch_encoder(encoder)
+    logger.info("visionaccel: %s", encoder.described("in transformers"))
+    return encoder
+
+
+def _put(
+    model: Any, encoder: GuardedEncoder, own: nn.Module | None, weights: Callable[[], Mapping[str, torch.Tensor]]
+) -> Accelerated:
+    place, now = tower_place(model)
+    tower = EncoderTower(encoder, now.config, weights)
+    put_tower(place, tower)
+    return Accelerated(model, tower, own)
+
+
+def _class_of(stored: Checkpoint) -> type[transformers.PreTrainedModel]:
+    """Return transformers' class for a checkpoint: the one that it names, or else the one for its `model_type`."""
+    for name in stored.architectures:
+        found = getattr(transformers, name, None)
+        if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
+            return found
+    config = transformers.AutoConfig.from_pretrained(stored.folder)  # nosec B615 # a folder of this machine
+    known = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
+    kind: type[transformers.PreTrainedModel] | None = known.get(type(config))
+    if kind is None:
+        raise UnsupportedArchitectureError(
+            f"transformers {transformers.__version__} has no class for {', '.join(stored.architectures)}.",
+            hint="Pass the model's class as `model_class`.",
+        )
+    return kind
+
+
+def _without_tower(kind: type[transformers.PreTrainedModel]) -> type[transformers.PreTrainedModel]:
+    """Derive a class whose models drop their tower before any memory is allocated for it.
+
+    `from_pretrained` makes a model on the meta device first, and then loads the weights of the modules that it has.
+    """
+
+    def init(self: Any, *arguments: Any, **named: Any) -> None:
+        kind.__init__(self, *arguments, **named)
+        place, own = tower_place(self)
+        name = next(name for name, module in self.named_modules() if module is own)
+        placeholder = nn.Module()
+        placeholder.config = own.config
+        put_tower(place, placeholder)
+        self._keys_to_ignore_on_load_unexpected |= {rf"^{re.escape(name)}\."}
+
+    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
