@@ -29,6 +29,7 @@ EAGER = {
         r"visionaccel/cli/": {"rich", "typer"},
         r"visionaccel/(backends/onnx_|towers/onnx/)": {"onnx"},
         r"visionaccel/(core/packed_products\.py|integrations/vllm/)": {"torch"},  # vLLM and torch_ref bring it
+        r"visionaccel/integrations/transformers/": {"torch", "transformers"},
     },
     "flexmlrt": {
         r"visionaccel_flexmlrt/(import_)?commands?\.py": {"rich", "typer"},

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 import transformers
+from safetensors.torch import save_file
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
@@ -163,8 +164,6 @@ def tower_in_memory(place: transformers.PreTrainedModel, own: transformers.PreTr
             f"the weights of the model's vision tower, such as {absent!r}, are not in memory.",
             hint="Load the model without offloading, or with visionaccel.integrations.transformers.load.",
         )
-    from safetensors.torch import save_file
-
     with tempfile.TemporaryDirectory(prefix="visionaccel-") as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(config, default=str))
