@@ -27,8 +27,8 @@ napoleon_use_rtype = False
 
 CONTENTS = {
     "Use it": [
-        "quick-start", "vllm", "pipelined", "ways-into-vllm", "/examples/disaggregated/README", "trust", "observe",
-        "compatibility", "matrix", "bundles", "troubleshooting",
+        "quick-start", "vllm", "pipelined", "ways-into-vllm", "/examples/disaggregated/README", "transformers", "python",
+        "trust", "observe", "compatibility", "matrix", "bundles", "troubleshooting",
     ],
     "Hardware": ["ryzen-ai", "vitisai", "intel", "simulated"],
     "Backends": [
@@ -42,8 +42,8 @@ CONTENTS = {
         "contributing",
     ],
     "Reference": [
-        "settings", "cli", "errors", "api/index", "api/encoder", "api/service", "api/backends", "api/programs",
-        "api/towers", "api/bundles", "api/errors",
+        "settings", "cli", "errors", "api/index", "api/encoder", "api/service", "api/transformers", "api/backends",
+        "api/programs", "api/towers", "api/bundles", "api/errors",
     ],
 }  # fmt: skip
 """The pages in the site's order, by heading."""
