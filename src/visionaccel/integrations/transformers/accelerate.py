@@ -98,9 +98,12 @@ def accelerate(
     place, own = tower_place(model)
     if isinstance(own, EncoderTower):
         raise ConfigurationError("the model has an encoder already.", hint="Call `restore` of its handle first.")
-    tower = tower_in_memory(place, own)
-    source = tower if wanted.bundle is None else open_matching(wanted.bundle, tower, tower.checkpoint)
-    encoder = _opened(hold_source(source), wanted)
+    with tower_in_memory(place, own) as tower:
+        source = tower if wanted.bundle is None else open_matching(wanted.bundle, tower, tower.checkpoint)
+        temporary = tower.checkpoint.folder.resolve()
+        if any(weight.file.is_relative_to(temporary) for weight in source.tower.weights.values()):
+            source = hold_source(source)
+    encoder = _opened(source, wanted)
     return _put(model, encoder, own, own.state_dict)
 
 

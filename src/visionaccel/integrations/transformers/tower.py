@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -17,7 +18,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.arrays import as_host_tensor, is_tensor
-from visionaccel.encoder import hold_source
 from visionaccel.errors import CheckpointError, ConfigurationError, UnsupportedArchitectureError, VisionAccelError
 from visionaccel.families import Family, Tower, family_for, family_of, supported_architectures, tower_of
 from visionaccel.trust import GuardedEncoder
@@ -149,8 +149,9 @@ def _parts(model: nn.Module) -> Iterator[transformers.PreTrainedModel]:
     return (each for each in model.modules() if isinstance(each, transformers.PreTrainedModel))
 
 
-def tower_in_memory(place: transformers.PreTrainedModel, own: transformers.PreTrainedModel) -> Tower:
-    """Return the description and a copy of the weights of a model's own tower.
+@contextmanager
+def tower_in_memory(place: transformers.PreTrainedModel, own: transformers.PreTrainedModel) -> Iterator[Tower]:
+    """Write a model's own tower as a checkpoint, which is removed at the end of the context.
 
     Raises:
         CheckpointError: If its weights are quantised, not all in memory, or have an adapter.
@@ -169,9 +170,7 @@ def tower_in_memory(place: transformers.PreTrainedModel, own: transformers.PreTr
         (folder / "config.json").write_text(json.dumps(config, default=str))
         named = {family.prefixes[-1] + each: tensor.detach().cpu().contiguous() for each, tensor in tensors.items()}
         save_file(named, folder / _WEIGHTS)
-        held = hold_source(tower_of(Checkpoint(folder)))
-    assert isinstance(held, Tower)
-    return held
+        yield tower_of(Checkpoint(folder))
 
 
 def _family_of(place: transformers.PreTrainedModel) -> tuple[str, Family]:
