@@ -248,7 +248,7 @@ def sequence(title: str, parties: Sequence[str], messages: Sequence[Message], no
 def whole() -> str:
     """Everything on one picture: three axes, and what stands between them."""
     rows = (
-        ("engines", ("vLLM, in-line", "vLLM, pipelined", "Python")),
+        ("engines", ("vLLM, in-line", "vLLM, pipelined", "transformers", "Python")),
         ("core", ("queue and cache", "chain of fallbacks, canary, guard, shadow")),
         ("core", ("encoder: checks, host part, session, host part, checks",)),
         ("families", ("Qwen2.5-VL", "yours: one module")),

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -121,7 +122,7 @@ def tower_place(model: nn.Module) -> tuple[transformers.PreTrainedModel, nn.Modu
     Raises:
         UnsupportedArchitectureError: If transformers finds no tower in it.
     """
-    for module in _parts(model):
+    for module in _parts(model) if isinstance(model, nn.Module) else ():
         found = module.get_encoder(_IMAGES)
         if isinstance(found, nn.Module) and found is not module:
             return module, found
@@ -167,9 +168,15 @@ def tower_in_memory(place: transformers.PreTrainedModel, own: transformers.PreTr
         )
     with tempfile.TemporaryDirectory(prefix="visionaccel-") as name:
         folder = Path(name)
-        (folder / "config.json").write_text(json.dumps(config, default=str))
         named = {family.prefixes[-1] + each: tensor.detach().cpu().contiguous() for each, tensor in tensors.items()}
-        save_file(named, folder / _WEIGHTS)
+        try:
+            (folder / "config.json").write_text(json.dumps(config, default=str))
+            save_file(named, folder / _WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise ConfigurationError(
+                f"the weights of the model's vision tower cannot be written to {folder}: {error}",
+                hint="Set TMPDIR to a folder with enough space.",
+            ) from error
         yield tower_of(Checkpoint(folder))
 
 
