@@ -93,27 +93,18 @@ types: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -c docs -d $(VENV)/doctrees . $(VENV)/site
 
-CONFIGURE_NATIVE = $(BIN)/cmake -S cpp -G Ninja -D CMAKE_BUILD_TYPE=Debug -D CMAKE_CXX_FLAGS=-O1 -D VISIONACCEL_PYTHON=OFF \
-	-D VISIONACCEL_TESTS=ON -D VISIONACCEL_WERROR=ON -D CMAKE_PREFIX_PATH=$(abspath $(DOCTEST)) \
-	-D Python_EXECUTABLE=$(abspath $(BIN))/python
-
-# The C++ tests run with the address and undefined-behaviour sanitizers, then in a second build with ThreadSanitizer. One
-# generation of the interface is enough for that, because generations do not differ in threading. ThreadSanitizer cannot
-# start if the kernel randomises addresses more than it expects; setarch turns this off where a container allows it.
-# doctest is taken from the system, or unpacked from Debian's package.
+# The C++ tests run with sanitizers. ThreadSanitizer cannot start if the kernel randomises addresses more than it expects;
+# setarch turns this off where a container allows it. doctest is taken from the system, or unpacked from Debian's package.
 native: $(INSTALLED)
 	@test -e /usr/include/doctest/doctest.h || test -e $(DOCTEST)/include/doctest/doctest.h || { \
 		mkdir -p $(VENV)/debian && cd $(VENV)/debian && \
 		{ apt-get download --quiet doctest-dev || { apt-get update --quiet && apt-get download --quiet doctest-dev; } } && \
 		dpkg --extract doctest-dev_*.deb . ; } || { echo "The C++ tests need doctest (Debian: doctest-dev)."; exit 1; }
-	$(CONFIGURE_NATIVE) -B $(VENV)/native -D VISIONACCEL_SANITIZE=address,undefined > $(VENV)/native.log \
-		|| { cat $(VENV)/native.log; exit 1; }
+	$(BIN)/cmake -S cpp -G Ninja -B $(VENV)/native -D CMAKE_BUILD_TYPE=Debug -D VISIONACCEL_PYTHON=OFF -D VISIONACCEL_TESTS=ON \
+		-D VISIONACCEL_WERROR=ON -D CMAKE_PREFIX_PATH=$(abspath $(DOCTEST)) -D Python_EXECUTABLE=$(abspath $(BIN))/python \
+		> $(VENV)/native.log || { cat $(VENV)/native.log; exit 1; }
 	$(BIN)/cmake --build $(VENV)/native
-	$(BIN)/ctest --test-dir $(VENV)/native --output-on-failure
-	$(CONFIGURE_NATIVE) -B $(VENV)/native-threads -D VISIONACCEL_SANITIZE=thread > $(VENV)/native.log \
-		|| { cat $(VENV)/native.log; exit 1; }
-	$(BIN)/cmake --build $(VENV)/native-threads --target test_current
-	$$(setarch -R true 2> /dev/null && echo setarch -R) $(BIN)/ctest --test-dir $(VENV)/native-threads -R current --output-on-failure
+	$$(setarch -R true 2> /dev/null && echo setarch -R) $(BIN)/ctest --test-dir $(VENV)/native --output-on-failure
 
 # Programs that tests use: Prometheus, unpacked from Debian's package, and a browser, installed if the user is root. The
 # tests of a program that is missing are skipped.
