@@ -52,7 +52,7 @@ class EncoderTower(nn.Module):
         encoder: The chain of encoders.
         config: The tower's configuration in transformers.
         spatial_merge_size: Patches merged into one token along each side.
-        dtype: What the model casts pixels to: float32, whatever the model's own dtype.
+        dtype: What the model casts pixels to: float32, also where the model has another dtype.
     """
 
     def __init__(
