@@ -27,7 +27,7 @@ from visionaccel.cli.output import (
 from visionaccel.core.cores import choose_cores
 from visionaccel.encoder import open_encoder, open_source
 from visionaccel.errors import ConfigurationError
-from visionaccel.images import Fitter, image_processor, load_image
+from visionaccel.images import fitter_for, image_processor, load_image
 from visionaccel.settings import load_settings
 
 
@@ -69,11 +69,7 @@ def encode(
         open_deadline=settings.open_deadline,
         cores=choose_cores(settings.cpu_cores).cores,
     ) as encoder:
-        fitter = None
-        if settings.fit != "none":
-            coverages = tuple(opened.program.coverage for opened in encoder.programs)
-            fitter = Fitter(tower, coverages, settings.fit, process.min_pixels, process.max_pixels)
-            fitter.check_bounds()
+        fitter = fitter_for(tower, encoder.coverages, settings.fit, process)
         rows: list[dict[str, Any]] = []
         arrays: dict[str, NDArray[np.float32]] = {}
         for number, path in enumerate(images):

@@ -25,7 +25,7 @@ from visionaccel.core.containment import device_errors, tell
 from visionaccel.core.contracts import check_embeddings, check_output, check_patches
 from visionaccel.core.cores import on_cores
 from visionaccel.core.grid import Grid, GridLike, as_grids, total_patches
-from visionaccel.core.program import AnyGrid, Bucket, FixedGrid, Program
+from visionaccel.core.program import AnyGrid, Bucket, Coverage, FixedGrid, Program
 from visionaccel.errors import DeviceError, UnfitGridError
 from visionaccel.families import Host, Tower
 
@@ -80,6 +80,11 @@ class Encoder:
     def capabilities(self) -> Capabilities:
         """The capabilities of the first program's session: device and precision."""
         return self.programs[0].session.capabilities
+
+    @property
+    def coverages(self) -> tuple[Coverage, ...]:
+        """The grids that each program takes."""
+        return tuple(opened.program.coverage for opened in self.programs)
 
     @property
     def closed(self) -> bool:

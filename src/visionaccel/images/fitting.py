@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -13,6 +14,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, Bucket, Coverage, FixedGrid
 from visionaccel.errors import ConfigurationError, UnfitGridError
 from visionaccel.families import Tower
+from visionaccel.images.loading import ImageProcessor
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -173,6 +175,21 @@ class Fitter:
         """Return the grid with these sides in tokens."""
         rows, columns = (long, short) if upright else (short, long)
         return Grid(1, rows * self.tower.merge_size, columns * self.tower.merge_size)
+
+
+def fitter_for(
+    tower: Tower, coverages: Iterable[Coverage], policy: FitPolicy | Literal["none"], processor: ImageProcessor
+) -> Fitter | None:
+    """Make what fits images to the programs of an encoder, before a checkpoint's processor; None for `none`.
+
+    Raises:
+        ConfigurationError: As for `Fitter.check_bounds`.
+    """
+    if policy == "none":
+        return None
+    fitter = Fitter(tower, tuple(coverages), policy, processor.min_pixels, processor.max_pixels)
+    fitter.check_bounds()
+    return fitter
 
 
 def _fitted(image: Image, size: tuple[int, int], policy: FitPolicy) -> Image:

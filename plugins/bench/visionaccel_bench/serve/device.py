@@ -16,7 +16,7 @@ from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.encoder import Encoder, open_encoder, open_source
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import Tower
-from visionaccel.images import Fitter, image_processor
+from visionaccel.images import fitter_for, image_processor
 from visionaccel_testing.simulated.backend import NAME as SIMULATED
 
 if TYPE_CHECKING:
@@ -135,7 +135,6 @@ def _opened(
         source = open_source(folder or checkpoint)
     process = image_processor(located.folder)
     with open_encoder(source, backend=accelerator.backend, device=accelerator.device, options=options) as encoder:
-        coverages = tuple(opened.program.coverage for opened in encoder.programs)
-        fitter = Fitter(source.tower, coverages, "letterbox", process.min_pixels, process.max_pixels)
-        fitter.check_bounds()
+        fitter = fitter_for(source.tower, encoder.coverages, "letterbox", process)
+        assert fitter is not None
         yield lambda image: process(fitter.fit(image)), encoder

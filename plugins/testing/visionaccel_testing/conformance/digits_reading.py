@@ -68,7 +68,7 @@ def read_digits(folder: Path, ours: Encoder, reference: Encoder, count: int) -> 
     from digits_vlm.samples import held_out_images
 
     samples, reader, process = held_out_images(count), _Reader(folder), image_processor(folder)
-    coverages = tuple(opened.program.coverage for opened in ours.programs)
+    coverages = ours.coverages
     limited = tuple(coverage for coverage in coverages if not isinstance(coverage, AnyGrid))
     ways: list[tuple[Fit, Encoder]] = [("natural", reference if limited == coverages else ours)]
     if limited:

@@ -98,7 +98,7 @@ def patches_for(grids: Sequence[Grid], seed: int, width: int = PATCH_WIDTH) -> N
 
 def grids_of(encoder: Encoder) -> tuple[tuple[Grid, ...], ...]:
     """Return the calls that an encoder's programs take: one or several grids each."""
-    coverages = tuple(opened.program.coverage for opened in encoder.programs)
+    coverages = encoder.coverages
 
     def taken(grid: Grid) -> bool:
         return any(encoder.tower.fits(coverage, grid.frame) for coverage in coverages)
