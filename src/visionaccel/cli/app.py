@@ -9,6 +9,7 @@ import typer
 from visionaccel import __version__
 from visionaccel.cli.backends import backends, explain
 from visionaccel.cli.bundles import inspect, pull, push, validate
+from visionaccel.cli.chat import chat
 from visionaccel.cli.diagnosis import doctor
 from visionaccel.cli.encode import encode
 from visionaccel.cli.export import export, quantize, strip
@@ -39,7 +40,7 @@ def _root(
     pass
 
 
-for command in (backends, explain, export, quantize, inspect, validate, push, pull, strip, encode, doctor):
+for command in (backends, explain, export, quantize, inspect, validate, push, pull, strip, encode, chat, doctor):
     app.command()(results_only()(command))
 
 

@@ -28,6 +28,7 @@ from visionaccel.cli.output import (
     Backend,
     Device,
     Json,
+    MaxTokens,
     OptionsText,
     backend_options,
     messages,
@@ -37,6 +38,7 @@ from visionaccel.cli.output import (
     progress,
     results,
 )
+from visionaccel.cli.task import Margin, TaskFile, refuse_options, validate_by_task
 from visionaccel.core.comparison import THRESHOLDS
 from visionaccel.core.cores import choose_cores, on_cores
 from visionaccel.core.program import HOST_AFTER, HOST_BEFORE, ONNX_MODELS, Program
@@ -162,14 +164,25 @@ def validate(
         float | None, typer.Option(help=f"Lowest cosine of any token that passes. Default: {_THRESHOLDS}.")
     ] = None,
     no_write: Annotated[bool, typer.Option("--no-write", help="Do not change the bundle.")] = False,
+    task: TaskFile = None,
+    margin: Margin = None,
+    max_tokens: MaxTokens = None,
     as_json: Json = False,
 ) -> None:
     """Compare each program of a bundle with the float32 reference, and write the certificate into the bundle.
 
     Exit status 1 if a program was not run, failed, or is further from the reference than the threshold allows.
+
+    With --task, answer questions about images instead, with the bundle and with the model's own vision tower. Exit
+    status 1 if an image could not be encoded, or accuracy is lower than the model's own by more than the margin.
     """
     settings = load_settings()
     chosen_options = backend_options(options, settings.options)
+    if task is not None:
+        refuse_options("--task", {"--images": images, "--threshold": threshold, "--no-write": no_write or None})
+        validate_by_task(bundle, reference, task, backend, device, chosen_options, margin, max_tokens, as_json=as_json)
+        return
+    refuse_options("validate without --task", {"--margin": margin, "--max-tokens": max_tokens})
     tower = open_tower(reference)
     # A certificate must be about the current files, so digests are not taken from the cache.
     opened = open_bundle(bundle, checkpoint=tower.checkpoint, trust_unchanged=False)

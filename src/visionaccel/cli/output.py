@@ -46,6 +46,7 @@ Backend = Annotated[
 Device = Annotated[
     str | None, typer.Option(help="The backend's device. Default: VISIONACCEL_DEVICE, or the backend's own.")
 ]
+MaxTokens = Annotated[int | None, typer.Option(min=1, help="Maximum length of an answer, in tokens. Default: 128.")]
 OptionsText = Annotated[
     str | None, typer.Option("--options", help="Backend options: name=value,name=value or a JSON object.")
 ]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 import transformers
@@ -16,8 +17,9 @@ from visionaccel.bundle import Bundle
 from visionaccel.checkpoint import Checkpoint, locate_checkpoint
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import hold_source, open_matching
-from visionaccel.errors import ConfigurationError, UnsupportedArchitectureError
+from visionaccel.errors import CheckpointError, ConfigurationError, UnsupportedArchitectureError
 from visionaccel.families import Tower, tower_of
+from visionaccel.images import FitPolicy, Fitter, ImageProcessor, fitter_for
 from visionaccel.integrations.transformers.tower import (
     EncoderTower,
     put_tower,
@@ -41,9 +43,44 @@ class Accelerated:
         encoder: The chain of encoders, with what it has counted.
     """
 
-    def __init__(self, model: Any, tower: EncoderTower, own: nn.Module | None) -> None:
+    def __init__(
+        self, model: Any, tower: EncoderTower, own: nn.Module | None, fit: FitPolicy | Literal["none"]
+    ) -> None:
         self.model, self.encoder = model, tower.encoder
-        self._tower, self._own = tower, own
+        self._tower, self._own, self._fit = tower, own, fit
+
+    def fitter(self, processor: Any) -> Fitter | None:
+        """Make what fits images to the grids of the encoder's programs, before the model's processor gets them.
+
+        Args:
+            processor: transformers' processor of the model.
+
+        Returns:
+            None if the setting `VISIONACCEL_FIT` is `none`. Images are not changed if a program takes every grid.
+
+        Raises:
+            ConfigurationError: If the processor would resize images that were fitted.
+        """
+        primary = self.encoder.primary
+        return fitter_for(primary.tower, primary.coverages, self._fit, ImageProcessor(processor.image_processor))
+
+    @contextmanager
+    def own_tower(self) -> Iterator[nn.Module]:
+        """Have the model's own tower in its place during the context, without closing the encoder.
+
+        Raises:
+            ConfigurationError: If the model was loaded without it.
+        """
+        if self._own is None:
+            raise ConfigurationError(
+                "the model was loaded without its vision tower.", hint="Load it with `keep_tower=True`."
+            )
+        place, now = tower_place(self.model)
+        put_tower(place, self._own)
+        try:
+            yield self._own
+        finally:
+            put_tower(place, now)
 
     def restore(self) -> None:
         """Close the encoder, and put the model's own tower back.
@@ -104,7 +141,7 @@ def accelerate(
         if any(weight.file.is_relative_to(temporary) for weight in source.tower.weights.values()):
             source = hold_source(source)
     encoder = _opened(source, wanted)
-    return _put(model, encoder, own, own.state_dict)
+    return _put(model, encoder, own, own.state_dict, wanted)
 
 
 def load(
@@ -117,6 +154,7 @@ def load(
     settings: Mapping[str, Any] | None = None,
     model_class: type[transformers.PreTrainedModel] | None = None,
     revision: str | None = None,
+    keep_tower: bool = False,
     **arguments: Any,
 ) -> Accelerated:
     """Load a model without its vision tower, with an encoder in its place.
@@ -130,6 +168,7 @@ def load(
         settings: See `backend`.
         model_class: transformers' class of the model; the default is the one that the checkpoint names.
         revision: Revision of the repository.
+        keep_tower: Whether to load the tower too, for `Accelerated.own_tower` and `Accelerated.restore`.
         arguments: Arguments of the class's `from_pretrained`, such as `dtype` and `device_map`.
 
     Returns:
@@ -148,9 +187,12 @@ def load(
     kind = model_class or _class_of(stored)
     encoder = _opened(source, wanted)
     try:
-        model = _without_tower(kind).from_pretrained(stored.folder, **arguments)
+        model, info = (kind if keep_tower else _without_tower(kind)).from_pretrained(
+            stored.folder, output_loading_info=True, **arguments
+        )
         model.__class__ = kind
-        return _put(model, encoder, None, partial(stored_weights, tower))
+        own = _loaded_tower(model, info["missing_keys"]) if keep_tower else None
+        return _put(model, encoder, own, partial(stored_weights, tower), wanted)
     except BaseException:
         encoder.close()
         raise
@@ -179,12 +221,16 @@ def _opened(source: Tower | Bundle, settings: Settings) -> GuardedEncoder:
 
 
 def _put(
-    model: Any, encoder: GuardedEncoder, own: nn.Module | None, weights: Callable[[], Mapping[str, torch.Tensor]]
+    model: Any,
+    encoder: GuardedEncoder,
+    own: nn.Module | None,
+    weights: Callable[[], Mapping[str, torch.Tensor]],
+    settings: Settings,
 ) -> Accelerated:
     place, now = tower_place(model)
     tower = EncoderTower(encoder, now.config, weights)
     put_tower(place, tower)
-    return Accelerated(model, tower, own)
+    return Accelerated(model, tower, own, settings.fit)
 
 
 def _class_of(stored: Checkpoint) -> type[transformers.PreTrainedModel]:
@@ -195,13 +241,29 @@ def _class_of(stored: Checkpoint) -> type[transformers.PreTrainedModel]:
             return found
     config = transformers.AutoConfig.from_pretrained(stored.folder)  # nosec B615 # a folder of this machine
     known = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
-    kind: type[transformers.PreTrainedModel] | None = known.get(type(config))
+    kind: type[transformers.PreTrainedModel] | None = known.get(type(config), None)
     if kind is None:
         raise UnsupportedArchitectureError(
             f"transformers {transformers.__version__} has no class for {', '.join(stored.architectures)}.",
             hint="Pass the model's class as `model_class`.",
         )
     return kind
+
+
+def _loaded_tower(model: nn.Module, missing: Iterable[str]) -> nn.Module:
+    """Return the tower of a model, without whose weights transformers would have made random ones."""
+    own = tower_place(model)[1]
+    prefix = _name_of(own, model) + "."
+    if absent := next((name for name in missing if name.startswith(prefix)), None):
+        raise CheckpointError(
+            f"the checkpoint has no vision weights for transformers, such as {absent!r}.",
+            hint="Use a checkpoint that was not stripped of them.",
+        )
+    return own
+
+
+def _name_of(module: nn.Module, model: nn.Module) -> str:
+    return str(next(name for name, found in model.named_modules() if found is module))
 
 
 def _without_tower(kind: type[transformers.PreTrainedModel]) -> type[transformers.PreTrainedModel]:
@@ -213,7 +275,7 @@ def _without_tower(kind: type[transformers.PreTrainedModel]) -> type[transformer
     def init(self: Any, *arguments: Any, **named: Any) -> None:
         kind.__init__(self, *arguments, **named)
         place, own = tower_place(self)
-        name = next(name for name, module in self.named_modules() if module is own)
+        name = _name_of(own, self)
         placeholder = nn.Module()
         placeholder.config = own.config
         put_tower(place, placeholder)
