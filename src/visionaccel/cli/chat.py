@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,9 +31,8 @@ if TYPE_CHECKING:
 
 def chat(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or Hugging Face repository.")],
-    words: Annotated[
-        list[str], typer.Argument(metavar="IMAGE... QUESTION", help="Image files, and a question about them in quotes.")
-    ],
+    images: Annotated[list[Path] | None, typer.Argument(help="Image files.", show_default=False)] = None,
+    question: Annotated[str, typer.Argument(help="A question about them, in quotes.", show_default=False)] = "",
     bundle: Annotated[
         Path | None, typer.Option(help="Bundle whose programs encode; images are fitted to them by VISIONACCEL_FIT.")
     ] = None,
@@ -50,8 +49,8 @@ def chat(
 
     The answer is decoded greedily. The language model runs on the GPU if PyTorch finds one.
     """
-    paths, question = _images_and_question(words)
-    images = [load_image(path) for path in paths]
+    paths = _checked(images or [], question)
+    pictures = [load_image(path) for path in paths]
     chosen = {} if options is None else {"options": backend_options(options, {})}
     from visionaccel.integrations.transformers import load
     from visionaccel.integrations.transformers.answering import MOST_TOKENS, ask, model_device, open_processor
@@ -66,7 +65,7 @@ def chat(
     ):
         handle.model.to(model_device())
         fitter = handle.fitter(processor)
-        fitted = images if fitter is None else [fitter.fit(image) for image in images]
+        fitted = pictures if fitter is None else [fitter.fit(picture) for picture in pictures]
         tell("Answering")
         answer = ask(handle.model, processor, fitted, question, most_tokens=most)
         primary = handle.encoder.primary
@@ -74,14 +73,14 @@ def chat(
             "backend": primary.backend,
             "device": primary.capabilities.device,
             "simulated": primary.capabilities.simulated,
-            "fitted_images": sum(ours is not given for ours, given in zip(fitted, images, strict=True)),
+            "fitted_images": sum(ours is not given for ours, given in zip(fitted, pictures, strict=True)),
             "fallback_images": handle.encoder.fallback_items,
             **_described(answer),
         }
         if compare:
             with handle.own_tower() as tower:
                 tower.to(model_device())
-                reference = ask(handle.model, processor, images, question, most_tokens=most)
+                reference = ask(handle.model, processor, pictures, question, most_tokens=most)
             own = {"dtype": str(tower.dtype).removeprefix("torch."), **_described(reference)}
             difference = _first_difference(processor, answer, reference)
     if as_json:
@@ -108,17 +107,16 @@ def chat(
         )  # fmt: skip
 
 
-def _images_and_question(words: Sequence[str]) -> tuple[list[Path], str]:
-    """Split the arguments after the checkpoint, and check that the images exist, before a model is loaded."""
-    *paths, question = words
+def _checked(images: list[Path], question: str) -> list[Path]:
+    """Return the images after checking, before a model is loaded, that they exist and that a question follows."""
     hint = "Write the question last, in quotes: visionaccel chat CHECKPOINT page.png 'What is this?'"
     if os.path.isfile(question):  # noqa: PTH113 - Path's raises an error for a long question
         raise ConfigurationError(f"no question was given: the last argument, {question}, is a file.", hint=hint)
-    if not paths:
-        raise ConfigurationError("no image was given.", hint=hint)
-    if missing := next((path for path in paths if not Path(path).is_file()), None):
+    if not images or not question.strip():
+        raise ConfigurationError(f"no {'image' if question.strip() else 'question'} was given.", hint=hint)
+    if missing := next((path for path in images if not path.is_file()), None):
         raise ConfigurationError(f"{missing} is not a file.", hint=hint)
-    return list(map(Path, paths)), question
+    return images
 
 
 def _described(answer: Answer) -> dict[str, Any]:
