@@ -91,7 +91,7 @@ def ask(
         question: The question.
         most_tokens: The maximum length of the answer.
         scored: Whether to keep the log-probabilities.
-        given: Tokens of an answer that the model gives instead of its own, to see how likely it finds each of them.
+        given: Tokens of an answer that the model has to give, to see how likely it finds each of them.
 
     Raises:
         InputError: If the processor refuses an image, or the question contains placeholders of images.
