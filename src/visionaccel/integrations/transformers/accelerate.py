@@ -206,7 +206,7 @@ def _settings(
     others: Mapping[str, Any] | None,
 ) -> Settings:
     chosen = {"backend": backend, "device": device, "bundle": bundle, "fallback": fallback}
-    return load_settings(**{**(others or {}), **chosen})
+    return load_settings(**{**(others or {}), **{name: value for name, value in chosen.items() if value is not None}})
 
 
 def _opened(source: Tower | Bundle, settings: Settings) -> GuardedEncoder:

@@ -240,9 +240,16 @@ def evaluate(
     """
     folder = locate_checkpoint(checkpoint).folder
     processor = open_processor(folder)
-    alone = {**(settings or {}), "fallback": "none", "shadow": 0.0}
     outcomes = []
-    with load(folder, backend=backend, device=device, bundle=bundle, settings=alone, keep_tower=True) as handle:
+    with load(
+        folder,
+        backend=backend,
+        device=device,
+        bundle=bundle,
+        fallback="none",
+        settings={**(settings or {}), "shadow": 0.0},
+        keep_tower=True,
+    ) as handle:
         fitter = handle.fitter(processor)
         handle.model.to(model_device())
         with handle.own_tower() as tower:
