@@ -41,14 +41,16 @@ class Answer:
 
 
 def open_processor(folder: Path) -> Any:
-    """Load the processor of a checkpoint folder, which has a tokenizer, an image processor and a chat template.
+    """Load the processor of a checkpoint folder: its tokenizer, image processor and chat template.
+
+    Code that the checkpoint contains is not run.
 
     Raises:
         CheckpointError: If the folder does not have all of them, or they cannot be loaded.
         ConfigurationError: If a library that they need is missing.
     """
     try:
-        processor = transformers.AutoProcessor.from_pretrained(folder)  # nosec B615 # a folder of this machine
+        processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=False)  # nosec B615 # local
     except ImportError as error:
         raise ConfigurationError(
             f"the processor of {folder} cannot be loaded: {error}", hint="Install torch, torchvision and Pillow."
