@@ -5,6 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DOCTEST := $(VENV)/debian/usr
 INSTALLED := $(VENV)/installed
+DYNAMO := $(VENV)/dynamo/unpacked
 TWINE := $(VENV)/twine/bin/twine
 AUDIT := $(VENV)/audit/bin/python
 PINS := $(patsubst %,--constraint tools/%.txt,constraints locked locked_separate)
@@ -14,7 +15,7 @@ VLLM_RELEASES ?= 0.28.0 0.30.0 0.32.0 0.33.0
 # Tests that need vLLM, or torchvision, which comes with it; that depend on how a later hypothesis varies damaged bytes; or
 # that compare the schema and the commands' pages, which a later pydantic and typer word differently.
 NOT_MINIMUM := --ignore tests/e2e --ignore tests/hostile \
-	$(patsubst %,--ignore tests/%,integrations/vllm plugins/bench/test_bench_encode.py plugins/bench/test_bench_placement.py \
+	$(patsubst %,--ignore tests/%,integrations/vllm integrations/dynamo plugins/bench/test_bench_encode.py plugins/bench/test_bench_placement.py \
 	plugins/bench/test_bench_serve.py images/test_fitting.py) -k "not damaged_bytes and not made_from_data and not tables_show"
 
 PACKAGES := . plugins/onnxrt plugins/openvino plugins/torch_ref plugins/flexmlrt plugins/testing plugins/bench examples/digits_vlm
@@ -116,13 +117,19 @@ observers: $(INSTALLED)
 		{ apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium; } } > $(VENV)/chromium.log 2>&1 ; } \
 		|| echo "The report's tests need a browser (Debian: chromium)."
 
+# Next to what is installed; tools/locked_dynamo.txt says why.
+$(DYNAMO): tools/locked_dynamo.txt | $(INSTALLED)
+	rm -rf $(@D)
+	$(PIP) --quiet --no-deps --target $(@D) --requirement $<
+	@touch $@
+
 UNIT = TESTS_BROWSER=$$(command -v chromium > /dev/null && echo 1) $(BIN)/python -m pytest --durations=25
 PLUGINS := $(filter-out tests/plugins/testing,$(wildcard tests/plugins/*)) tests/towers
 
 # In parts, which `test` runs next to each other.
 unit: unit-others unit-plugins unit-kit
 
-unit-others: observers
+unit-others: observers $(DYNAMO)
 	$(UNIT) --ignore tests/e2e --ignore tests/plugins --ignore tests/towers --junitxml=$(VENV)/results/unit.xml
 
 # With the tests of towers, because both use the blocks of the 7B tower, which take long to make.

@@ -28,7 +28,7 @@ napoleon_use_rtype = False
 CONTENTS = {
     "Use it": [
         "quick-start", "vllm", "pipelined", "ways-into-vllm", "/examples/disaggregated/README", "transformers",
-        "python", "trust", "observe", "compatibility", "matrix", "bundles", "troubleshooting",
+        "dynamo", "python", "trust", "observe", "compatibility", "matrix", "bundles", "troubleshooting",
     ],
     "Hardware": ["ryzen-ai", "vitisai", "intel", "simulated"],
     "Backends": [

@@ -13,7 +13,7 @@ from PIL import Image
 from hostile.bombs import bombs
 from hostile.seeds import IMAGE_FORMATS, OTHER_FORMATS, image_bytes, picture
 from visionaccel.errors import InputError
-from visionaccel.images import FORMATS, MOST_FILE_BYTES, MOST_PIXELS, as_rgb, load_image
+from visionaccel.images import FORMATS, MOST_FILE_BYTES, MOST_PIXELS, as_rgb, decode_image, load_image
 from visionaccel.images.loading import WEBP_HEADER, webp_size
 
 
@@ -29,6 +29,13 @@ def test_every_wanted_format_is_read_in_rgb(tmp_path, kind):
     assert image.mode == "RGB"
     assert set(image.size) == {40, 24}
     assert set(FORMATS) == {each.upper() for each in IMAGE_FORMATS}
+
+
+def test_the_content_of_a_file_is_decoded_like_the_file(tmp_path):
+    content = image_bytes("png")
+    assert np.array_equal(decode_image(content), load_image(written(tmp_path, content)))
+    with pytest.raises(InputError, match="the file cannot be read as an image"):
+        decode_image(content[:60])
 
 
 def test_a_turned_photograph_is_shown_upright(tmp_path):

@@ -15,7 +15,7 @@ from syntax import at_run_time
 
 ROOT = Path(__file__).resolve().parents[2]
 PROVIDED = packages_distributions()
-HOSTS = {"vllm"}
+HOSTS = {"vllm", "dynamo"}
 """What loads the core as its plug-in; it is never installed for the core."""
 
 FOLDERS = {

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, BinaryIO, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,30 +139,45 @@ def load_image(path: Path) -> Image:
         InputError: If the file cannot be read as an image or is too large.
     """
     try:
+        # Ignored warnings are about sizes that are refused anyway, and about unused metadata.
+        with open_regular(path) as file, warnings.catch_warnings(action="ignore"):
+            return _decoded(file, os.fstat(file.fileno()).st_size, str(path))
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read as an image: {error}", hint="Pass a complete image file.") from error
+
+
+def decode_image(content: bytes) -> Image:
+    """Like `load_image`, for the content of a file, in any thread. Its errors say nothing about this machine."""
+    return _decoded(io.BytesIO(content), len(content), "the file")
+
+
+def _decoded(file: BinaryIO, size: int, name: str) -> Image:
+    """Decode a file of `size` bytes, which errors call `name`."""
+    try:
         from PIL import Image, ImageOps, UnidentifiedImageError
     except ImportError as error:
         raise ConfigurationError.missing_extra("reading image files", error.name, "visionaccel[images]") from error
     try:
-        with open_regular(path) as file:
-            if (size := os.fstat(file.fileno()).st_size) > MOST_FILE_BYTES:
-                raise InputError(
-                    f"{path} has {size} bytes; the limit is {MOST_FILE_BYTES} bytes.", hint="Pass a smaller file."
-                )
-            _check_pixels(path, *webp_size(file.read(WEBP_HEADER)))
-            file.seek(0)
-            # Ignored warnings are about sizes that are refused below, and about unused metadata.
-            with warnings.catch_warnings(action="ignore"), Image.open(file, formats=FORMATS) as image:
-                _check_pixels(path, image.width, image.height)
-                return ImageOps.exif_transpose(image).convert("RGB")
+        if size > MOST_FILE_BYTES:
+            raise InputError(
+                f"{name} has {size} bytes; the limit is {MOST_FILE_BYTES} bytes.", hint="Pass a smaller file."
+            )
+        _check_pixels(name, *webp_size(file.read(WEBP_HEADER)))
+        file.seek(0)
+        with Image.open(file, formats=FORMATS) as image:
+            _check_pixels(name, image.width, image.height)
+            return ImageOps.exif_transpose(image).convert("RGB")
     except InputError:
         raise
     except UnidentifiedImageError as error:
         raise InputError(
-            f"{path} cannot be read as an image; supported formats: {', '.join(FORMATS)}.",
+            f"{name} cannot be read as an image; supported formats: {', '.join(FORMATS)}.",
             hint="Pass a complete image file in one of these formats.",
         ) from error
     except Exception as error:  # as in `as_rgb`; a size of twice Pillow's own limit raises another error
-        raise InputError(f"{path} cannot be read as an image: {error}", hint="Pass a complete image file.") from error
+        raise InputError(f"{name} cannot be read as an image: {error}", hint="Pass a complete image file.") from error
 
 
 def webp_size(start: bytes) -> tuple[int, int]:
@@ -184,9 +200,9 @@ def webp_size(start: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def _check_pixels(path: Path, width: int, height: int) -> None:
+def _check_pixels(name: str, width: int, height: int) -> None:
     if width * height > MOST_PIXELS:
         raise InputError(
-            f"{path} has {width}x{height} pixels; the limit is {MOST_PIXELS} pixels in total.",
+            f"{name} has {width}x{height} pixels; the limit is {MOST_PIXELS} pixels in total.",
             hint="Scale the image down; the model's processor would scale it down as well.",
         )
