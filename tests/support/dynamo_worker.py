@@ -20,13 +20,14 @@ handlers = list(logging.root.handlers)
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from dynamo.vllm.args import parse_args
         from dynamo.vllm.handlers import DecodeWorkerHandler
         from dynamo.vllm.multimodal_utils.custom_encoder import create_custom_encoder_adapter
 finally:
     logging.root.handlers[:] = handlers
     sys.path.remove(str(UNPACKED))
 
-__all__ = ["UNPACKED", "Worker", "create_custom_encoder_adapter", "resolved"]
+__all__ = ["Worker", "create_custom_encoder_adapter", "parse_args", "resolved"]
 
 
 def resolved(checkpoint):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from doc_pages import blocks, commands
 from gated import gated
 from towers import reference
 from visionaccel.bundle import ProgramRequest, export_bundle
@@ -27,7 +28,7 @@ from visionaccel.service import EncodeService
 from visionaccel_testing.checkpoints import TINY_TOWERS, random_checkpoint
 
 ROOT = Path(__file__).resolve().parents[3]
-PAGE = (ROOT / "docs" / "dynamo.md").read_text()
+PAGE = ROOT / "docs" / "dynamo.md"
 UNPACKED = Path(sys.prefix) / "dynamo" / "unpacked"
 CELL = 8  # pixels of a token's side
 
@@ -40,7 +41,7 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def path():
     """The class, as the page has it on the command line."""
-    (found,) = set(re.findall(r"--custom-encoder-class (\S+)", PAGE))
+    (found,) = set(re.findall(r"--custom-encoder-class (\S+) --", PAGE.read_text()))
     return found
 
 
@@ -255,6 +256,18 @@ def test_closing_fails_the_images_in_the_queue(gates):
         worker.backend.preprocess(png(2, 2))
 
 
+def test_an_image_that_dynamo_drops_leaves_the_queue(gates):
+    worker, gate = gates()
+    kept, dropped = (worker.backend.preprocess(png(2, 2, seed)).item for seed in range(2))
+    gate.wait_for_calls(1)
+    service = worker.backend._opened.service
+    assert service.counters.waiting == 1
+    del dropped
+    assert (service.counters.waiting, service.counters.cancelled) == (0, 1)
+    gate.let_in()
+    assert len(worker.backend.forward_batch([kept])) == 1
+
+
 @pytest.fixture
 def bundle(checkpoint, tmp_path):
     folder = tmp_path / "bundle"
@@ -283,6 +296,18 @@ def test_the_checks_of_a_bundle_are_those_of_vllm(bundle, checkpoint, tmp_path, 
         started(other, backend="onnxrt", bundle=bundle)
     with pytest.raises(ConfigurationError, match=r"VISIONACCEL_BUNDLE=.* is not a folder"):
         started(checkpoint, bundle=tmp_path / "missing")
+
+
+def test_dynamo_takes_the_command_line_of_the_page(path, checkpoint):
+    from dynamo_worker import parse_args
+
+    (command,) = (each for block in blocks(PAGE) if block.language == "console" for each in commands(block))
+    assert command.words[:3] == ("python", "-m", "dynamo.vllm")
+    made = parse_args([{"Qwen/Qwen3-VL-8B-Instruct": str(checkpoint)}.get(word, word) for word in command.words[3:]])
+    assert made.custom_encoder_class == path
+    assert made.model_source_path == str(checkpoint)
+    assert made.engine_args.enable_mm_embeds
+    assert made.engine_args.limit_mm_per_prompt == {"image": 0, "video": 0}
 
 
 def test_models_that_dynamo_cannot_serve_are_refused(checkpoints, path, started):

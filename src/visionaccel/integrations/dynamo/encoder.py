@@ -42,10 +42,16 @@ ARCHITECTURES = (
 
 @dataclass(frozen=True, slots=True)
 class QueuedImage:
-    """An image in the service's queue, or being encoded, or done."""
+    """An image that the service has; it is withdrawn from the queue if Dynamo drops it.
+
+    Dynamo does so if its request was cancelled, or if another image of the request failed.
+    """
 
     embedding: Future[Embedding]
     grid: Grid
+
+    def __del__(self) -> None:
+        self.embedding.cancel()
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,7 +24,7 @@ def fetch(source: str | bytes) -> bytes:
 
     Raises:
         InputError: If the URL is not allowed or malformed, or cannot be fetched.
-        HttpConfigurationError: If a proxy is configured, and Dynamo is not told to trust it.
+        HttpConfigurationError: If there is a proxy, and Dynamo is not configured to trust it.
     """
     if isinstance(source, bytes):
         return source
