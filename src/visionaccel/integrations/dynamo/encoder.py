@@ -26,7 +26,7 @@ from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import open_matching
 from visionaccel.errors import ConfigurationError, InputError
 from visionaccel.families import tower_of
-from visionaccel.images import Fitter, ImageProcessor, decode_image, image_processor
+from visionaccel.images import Fitter, ImageProcessor, decode_image, fitter_for, image_processor
 from visionaccel.integrations.dynamo.media import fetch
 from visionaccel.service import Embedding, EncodeService, open_wanted_service
 from visionaccel.settings import load_settings
@@ -99,11 +99,7 @@ class VisionAccelEncoder(VisionEncoderBackend[str | bytes, QueuedImage, Qwen3VLI
         process = image_processor(stored.folder, "torchvision")  # with the results of vLLM's own
         service = open_wanted_service(source, settings)
         try:
-            fitter = None
-            if settings.fit != "none":
-                coverages = tuple(opened.program.coverage for opened in service.encoders[0].primary.programs)
-                fitter = Fitter(service.tower, coverages, settings.fit, process.min_pixels, process.max_pixels)
-                fitter.check_bounds()
+            fitter = fitter_for(service.tower, service.encoders[0].primary.coverages, settings.fit, process)
         except BaseException:
             service.close()
             raise
