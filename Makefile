@@ -8,6 +8,7 @@ INSTALLED := $(VENV)/installed
 DYNAMO := $(VENV)/dynamo/unpacked
 TWINE := $(VENV)/twine/bin/twine
 AUDIT := $(VENV)/audit/bin/python
+IMPORTED := $(VENV)/transformers-tests
 PINS := $(patsubst %,--constraint tools/%.txt,constraints locked locked_separate)
 MINIMUM := .venv-minimum
 VLLM_RELEASES ?= 0.28.0 0.30.0 0.32.0 0.33.0
@@ -37,7 +38,7 @@ export PIP_NO_CACHE_DIR := 1
 PIP = $(BIN)/python -m pip install --no-compile
 unexport PYTHONDONTWRITEBYTECODE
 
-.PHONY: help install demo test lint types docs native observers unit unit-others unit-plugins unit-kit e2e families faults hostile audit bench dist minimum vllm-matrix format clean
+.PHONY: help install demo test lint types docs native observers unit unit-others unit-plugins unit-kit e2e families faults hostile audit bench dist minimum vllm-matrix transformers-tests format clean
 
 help:
 	@echo "make demo    install, then compare stock vLLM with a backend on handwritten digits"
@@ -52,6 +53,7 @@ help:
 	@echo "make dist    build the distributions for publishing into dist/, check them and install them once"
 	@echo "make minimum run the unit tests that need no vLLM on the lowest versions allowed, in .venv-minimum"
 	@echo "make vllm-matrix  compare answers on other releases of vLLM (VLLM_RELEASES=\"$(VLLM_RELEASES)\")"
+	@echo "make transformers-tests  run transformers' own tests, from TRANSFORMERS=checkout, with encoders as vision towers"
 	@echo "make clean   remove .venv and every cache"
 
 install: $(INSTALLED)
@@ -185,6 +187,14 @@ minimum:
 
 vllm-matrix:
 	$(PYTHON) tools/vllm_matrix/run.py $(VLLM_RELEASES)
+
+# What transformers' tests import and nothing else needs, in a separate folder.
+$(IMPORTED): tools/constraints.txt tools/locked.txt tools/locked_separate.txt | $(INSTALLED)
+	$(PIP) --quiet --no-deps $(PINS) --upgrade --target $@ datasets multiprocess pandas parameterized pyarrow xxhash
+	@touch $@
+
+transformers-tests: $(INSTALLED) $(IMPORTED)
+	PYTHONPATH=$(abspath $(IMPORTED)) $(BIN)/python tools/transformers_tests/run.py $(TRANSFORMERS)
 
 format: $(INSTALLED)
 	$(BIN)/ruff check --fix .
