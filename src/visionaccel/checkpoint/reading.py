@@ -165,7 +165,7 @@ def locate_checkpoint(
         folder = snapshot_download(
             os.fspath(source),
             revision=revision,
-            allow_patterns=["*.safetensors", "*.json"],
+            allow_patterns=["*.safetensors", "*.json", "*.jinja"],
             ignore_patterns=["*/*", *(f"{start}*.safetensors" for start in _OTHER_FILES)],
             local_files_only=not download,
         )
