@@ -90,7 +90,7 @@ lint: $(INSTALLED)
 
 types: $(INSTALLED)
 	$(BIN)/mypy
-	$(BIN)/mypy examples/disaggregated
+	$(BIN)/mypy examples/disaggregated examples/embeds_client
 
 # The site of the repository's pages, without a network; a warning is an error. Its start page is docs/index.html.
 docs: $(INSTALLED)

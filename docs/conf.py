@@ -27,8 +27,9 @@ napoleon_use_rtype = False
 
 CONTENTS = {
     "Use it": [
-        "quick-start", "vllm", "pipelined", "ways-into-vllm", "/examples/disaggregated/README", "transformers",
-        "dynamo", "python", "trust", "observe", "compatibility", "matrix", "bundles", "troubleshooting",
+        "quick-start", "vllm", "pipelined", "ways-into-vllm", "/examples/disaggregated/README",
+        "/examples/embeds_client/README", "transformers", "dynamo", "python", "trust", "observe", "compatibility",
+        "matrix", "bundles", "troubleshooting",
     ],
     "Hardware": ["ryzen-ai", "vitisai", "intel", "simulated"],
     "Backends": [

@@ -34,12 +34,12 @@ def image_request(*samples: Any) -> dict[str, Any]:
     return {"prompt": prompt(IMAGE * len(pictures)), "multi_modal_data": {"image": pictures}}
 
 
-def video_request(seed: int) -> dict[str, Any]:
+def video_request(seed: int, fps: float = 2.0) -> dict[str, Any]:
     """One prompt with a short video."""
     clip = digits_video(np.random.default_rng(seed), "held_out", frames=6)
     metadata = {
-        "fps": 2.0,
-        "duration": 3.0,
+        "fps": fps,
+        "duration": 6 / fps,
         "total_num_frames": 6,
         "frames_indices": list(range(6)),
         "video_backend": "none",
@@ -92,6 +92,7 @@ def matrix(llm: LLM) -> dict[str, Any]:
         "others": [answers(llm, [request])[0] for request in [*others, *texts]],
         "mixed": answers(llm, mixed),
         "video": answers(llm, [video_request(7)]),
+        "slow video": answers(llm, [video_request(7, fps=0.5)]),
         "repeated": answers(llm, singles[:4]),
         "first": answers(llm, [image_request(image) for image in images[:6]]),
         "crowd": answers(llm, crowd()),
