@@ -390,3 +390,14 @@ def test_a_bundle_in_the_cache_stays_when_its_checkpoint_is_missing(run, hub, ti
     assert run("pull", REPOSITORY, status=2)["error"] == "BundleError"
     assert folder.stat().st_ino == made
     assert contents(folder) == contents(tmp_path / "bundle")
+
+
+def test_a_whole_checkpoint_on_the_hub_answers(run, hub, digits, tmp_path):
+    from digits_vlm.samples import held_out_images
+
+    (sample,) = held_out_images(1)
+    sample.image.save(tmp_path / "digits.png")
+    hub.repositories["someone/whole"] = repository = Repository(private=False)
+    repository.commit("main", {path.name: path.read_bytes() for path in digits.iterdir()})
+    answer = run("chat", "someone/whole", tmp_path / "digits.png", "Read the digits.", "--backend", "onnxrt")
+    assert answer["encoder"]["answer"] == sample.truth

@@ -130,7 +130,7 @@ def test_a_file_that_is_not_an_image_is_refused(digits, tmp_path):
 
 
 def test_a_question_with_a_placeholder_is_refused(digits, picture):
-    with pytest.raises(InputError, match=r"the prompt has 2 placeholders for 1 images\. Leave .* out of the question"):
+    with pytest.raises(InputError, match=r"2 instead of 1 image placeholders\. Leave .* out of the question"):
         chat(digits, picture[0], "<|image_pad|>?", backend="onnxrt")
 
 
@@ -143,7 +143,7 @@ def without_template(text):
     [
         ("chat_template.jinja", None, CheckpointError, "has no chat template"),
         ("chat_template.jinja", lambda _: "{{ raise_exception('no images') }}", CheckpointError, "failed: no images"),
-        ("chat_template.jinja", lambda _: "{{ messages[0]['role'] }}", InputError, "0 placeholders for 1 images"),
+        ("chat_template.jinja", lambda _: "{{ messages[0]['role'] }}", InputError, "0 instead of 1 image placeholders"),
         ("processor_config.json", None, CheckpointError, "the processor of .* cannot be loaded|has no image processor"),
         (
             "config.json",

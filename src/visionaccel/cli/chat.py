@@ -59,15 +59,12 @@ def chat(
     folder = locate_checkpoint(checkpoint).folder
     processor = open_processor(folder)
     own, difference = None, None
-    with (
-        status("Loading the model") as tell,
-        load(folder, backend=backend, device=device, bundle=bundle, settings=chosen, keep_tower=compare) as handle,
-    ):
+    with load(folder, backend=backend, device=device, bundle=bundle, settings=chosen, keep_tower=compare) as handle:
         handle.model.to(model_device())
         fitter = handle.fitter(processor)
         fitted = pictures if fitter is None else [fitter.fit(picture) for picture in pictures]
-        tell("Answering")
-        answer = ask(handle.model, processor, fitted, question, most_tokens=most)
+        with status("Answering"):
+            answer = ask(handle.model, processor, fitted, question, most_tokens=most)
         primary = handle.encoder.primary
         found = {
             "backend": primary.backend,
@@ -78,7 +75,7 @@ def chat(
             **_described(answer),
         }
         if compare:
-            with handle.own_tower() as tower:
+            with handle.own_tower() as tower, status("Answering with the model's own tower"):
                 tower.to(model_device())
                 reference = ask(handle.model, processor, pictures, question, most_tokens=most)
             own = {"dtype": str(tower.dtype).removeprefix("torch."), **_described(reference)}
@@ -92,9 +89,9 @@ def chat(
     where = f"{found['backend']}, {found['device']}" + (" (simulated)" if found["simulated"] else "")
     _print(found, where)
     if found["fitted_images"]:
-        results.print(f"{found['fitted_images']} of the images were fitted to the grids of the programs.")
+        results.print(f"Images that were fitted to the programs' grids: {found['fitted_images']} of {len(paths)}.")
     if found["fallback_images"]:
-        results.print(f"{found['fallback_images']} of the images were encoded by a fallback.")
+        results.print(f"Images that a fallback encoded: {found['fallback_images']} of {len(paths)}.")
     if own is None:
         return
     _print(own, f"the model's own tower, {own['dtype']}")

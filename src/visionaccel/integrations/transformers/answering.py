@@ -144,7 +144,7 @@ def _inputs(processor: Any, images: Sequence[Image], question: str) -> Any:
         ) from error
     if (places := prompt.count(processor.image_token)) != len(images):
         raise InputError(
-            f"the prompt has {places} placeholders for {len(images)} images.",
+            f"the prompt has {places} instead of {len(images)} image placeholders.",
             hint=f"Leave {processor.image_token} out of the question, or use a chat template that accepts images.",
         )
     try:

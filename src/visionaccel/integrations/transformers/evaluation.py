@@ -190,13 +190,10 @@ class Evaluation:
         """
         failed = [outcome for outcome in self.outcomes if outcome.failure is not None]
         if failed:
-            return (
-                f"{len(failed)} images could not be encoded, such as that of line {failed[0].line}: {failed[0].failure}"
-            )
+            count, of, first = len(failed), len(self.outcomes), failed[0]
+            return f"{count} of {of} images could not be encoded, the first in line {first.line}: {first.failure}"
         if not self.reference_accuracy:
-            return (
-                "the reference answered no question correctly, so the task cannot tell a good encoder from a bad one."
-            )
+            return "the reference answered no question correctly, so the task says nothing about the encoder."
         if self.reference_accuracy - self.accuracy > margin + _ROUNDING:
             return (
                 f"accuracy {self.accuracy:.1%} is more than {margin:.1%} below the reference's, "
