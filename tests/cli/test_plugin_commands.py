@@ -2,13 +2,12 @@
 
 import json
 import os
-import subprocess
 
 import pytest
 import typer
 from typer.main import get_command
 
-from command_line import COMMAND
+from command_line import run_command
 from fake_plugins import install
 from visionaccel.cli import plugin_commands
 from visionaccel.cli.app import app
@@ -31,9 +30,7 @@ def visionaccel_commands(app):
 
 
 def run(site, *arguments):
-    command = [*COMMAND, *arguments]
-    environment = {**os.environ, "PYTHONPATH": str(site)}
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
+    return run_command(*arguments, environment={**os.environ, "PYTHONPATH": str(site)})
 
 
 def plugin(site, source, distribution="acme-tools"):

@@ -1,12 +1,14 @@
 """Tables of the commands in a terminal of 80 columns."""
 
 import re
+from functools import cache
 
 import pytest
 from typer.testing import CliRunner
 
 from bundles import write_bundle
 from visionaccel.cli.app import app
+from visionaccel.cli.diagnosis import diagnose
 from visionaccel.cli.output import print_table
 from visionaccel_bench.blocks import Table, print_blocks
 from visionaccel_bench.faultsuite.cells import FaultRow, every_cell, fault_table
@@ -50,6 +52,7 @@ def test_words_are_whole_and_nothing_is_left_out_in_80_columns(
     command, monkeypatch, tiny, digits, bundle, picture, tmp_path
 ):
     shown = {}
+    monkeypatch.setitem(diagnose.__globals__, "diagnose", cache(diagnose))  # it takes long, and depends on no width
     for columns in (80, 400):
         monkeypatch.setenv("COLUMNS", str(columns))
         line = COMMANDS[command].format_map(locals())
