@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, Self
 
@@ -140,8 +140,8 @@ def accelerate(
         temporary = tower.checkpoint.folder.resolve()
         if any(weight.file.is_relative_to(temporary) for weight in source.tower.weights.values()):
             source = hold_source(source)
-    encoder = _opened(source, wanted)
-    return _put(model, encoder, own, own.state_dict, wanted)
+    with _opened(source, wanted) as encoder:
+        return _put(model, encoder, own, own.state_dict, wanted)
 
 
 def load(
@@ -185,17 +185,13 @@ def load(
     tower = tower_of(stored)
     source = tower if wanted.bundle is None else open_matching(wanted.bundle, tower, stored)
     kind = model_class or _class_of(stored)
-    encoder = _opened(source, wanted)
-    try:
+    with _opened(source, wanted) as encoder:
         model, info = (kind if keep_tower else _without_tower(kind)).from_pretrained(
             stored.folder, output_loading_info=True, **arguments
         )
         model.__class__ = kind
         own = _loaded_tower(model, info["missing_keys"]) if keep_tower else None
         return _put(model, encoder, own, partial(stored_weights, tower), wanted)
-    except BaseException:
-        encoder.close()
-        raise
 
 
 def _settings(
@@ -209,7 +205,9 @@ def _settings(
     return load_settings(**{**(others or {}), **{name: value for name, value in chosen.items() if value is not None}})
 
 
-def _opened(source: Tower | Bundle, settings: Settings) -> GuardedEncoder:
+@contextmanager
+def _opened(source: Tower | Bundle, settings: Settings) -> Iterator[GuardedEncoder]:
+    """Open the chain of encoders, and close it if the context ends with an error."""
     if len(settings.devices) > 1:
         logger.warning("In transformers, only device %s is used.", settings.devices[0])
     metrics = EncoderMetrics.install() if settings.metrics else None  # before the canary, which counts too
@@ -217,7 +215,11 @@ def _opened(source: Tower | Bundle, settings: Settings) -> GuardedEncoder:
     if metrics is not None:
         metrics.watch_encoder(encoder)
     logger.info("visionaccel: %s", encoder.described("in transformers"))
-    return encoder
+    try:
+        yield encoder
+    except BaseException:
+        encoder.close()
+        raise
 
 
 def _put(
@@ -239,9 +241,10 @@ def _class_of(stored: Checkpoint) -> type[transformers.PreTrainedModel]:
         found = getattr(transformers, name, None)
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
-    config = transformers.AutoConfig.from_pretrained(stored.folder)  # nosec B615 # a folder of this machine
-    known = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING
-    kind: type[transformers.PreTrainedModel] | None = known.get(type(config), None)
+    kind: type[transformers.PreTrainedModel] | None = None
+    with suppress(KeyError):  # not AutoConfig, which may run the checkpoint's own code
+        config = transformers.CONFIG_MAPPING[str(stored.config.get("model_type"))]
+        kind = transformers.MODEL_FOR_MULTIMODAL_LM_MAPPING.get(config, None)
     if kind is None:
         raise UnsupportedArchitectureError(
             f"transformers {transformers.__version__} has no class for {', '.join(stored.architectures)}.",
@@ -279,6 +282,6 @@ def _without_tower(kind: type[transformers.PreTrainedModel]) -> type[transformer
         placeholder = nn.Module()
         placeholder.config = own.config
         put_tower(place, placeholder)
-        self._keys_to_ignore_on_load_unexpected |= {rf"^{re.escape(name)}\."}
+        self._keys_to_ignore_on_load_unexpected |= {rf"(^|\.){re.escape(name)}\."}
 
     return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})

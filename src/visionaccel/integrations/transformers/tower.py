@@ -66,6 +66,7 @@ class EncoderTower(nn.Module):
         self.spatial_merge_size = encoder.primary.tower.merge_size
         self.dtype = torch.float32
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator] # threads and locks cannot be traced
     def forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **_: Any) -> ImageFeatures:
         """Return the embeddings of images and videos in float32, on the device of their pixels.
 
@@ -81,12 +82,12 @@ class EncoderTower(nn.Module):
             raise ConfigurationError(
                 "the vision encoder of this model is closed.", hint="Call accelerate on the model, or load it again."
             )
-        grids = grid_thw.tolist()
+        answers = self.encoder.encode_items(hidden_states.detach(), grid_thw.tolist())
         pieces = []
-        for number, answer in enumerate(self.encoder.encode_items(hidden_states.detach(), grids), 1):
+        for number, answer in enumerate(answers, 1):
             if isinstance(answer, VisionAccelError):
-                if len(grids) > 1:
-                    answer.add_note(f"This is image or video {number} of {len(grids)} in this call.")
+                if any(other is not answer for other in answers):  # otherwise it is about the call
+                    answer.add_note(f"This is image or video {number} of {len(answers)} in this call.")
                 raise answer
             rows = answer.rows if is_tensor(answer.rows) else as_host_tensor(answer.rows, "float32")
             pieces.append(rows.to(hidden_states.device, self.dtype))
@@ -158,13 +159,14 @@ def tower_in_memory(place: transformers.PreTrainedModel, own: transformers.PreTr
         CheckpointError: If its weights are quantised, not all in memory, or have an adapter.
         UnsupportedArchitectureError: If no family describes it.
     """
-    architecture, family = _family_of(place)
+    architecture, family = _family_of(place, own)
     config = family.with_configuration({"architectures": [architecture]}, own.config.to_dict())
     tensors = own.state_dict()
-    if absent := next((name for name, tensor in tensors.items() if tensor.is_meta), None):
+    unread = (name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor) or tensor.is_meta)
+    if name := next(unread, None):
         raise CheckpointError(
-            f"the weights of the model's vision tower, such as {absent!r}, are not in memory.",
-            hint="Load the model without offloading, or with visionaccel.integrations.transformers.load.",
+            f"the weights of the model's vision tower, such as {name!r}, are offloaded or quantised.",
+            hint="Load the model without that, or with visionaccel.integrations.transformers.load.",
         )
     with tempfile.TemporaryDirectory(prefix="visionaccel-") as name:
         folder = Path(name)
@@ -180,15 +182,21 @@ def tower_in_memory(place: transformers.PreTrainedModel, own: transformers.PreTr
         yield tower_of(Checkpoint(folder))
 
 
-def _family_of(place: transformers.PreTrainedModel) -> tuple[str, Family]:
+def _family_of(place: transformers.PreTrainedModel, own: transformers.PreTrainedModel) -> tuple[str, Family]:
     """Return the architecture and the family of a model in memory.
 
-    It is named in the configuration, or its class is, or it is part of a model that has a family: a thinker.
+    It is named in the configuration, or its class is, or it is part of a model that has a family: a thinker. A model
+    that has none may contain one: a retriever.
     """
-    named = [*(place.config.architectures or ()), type(place).__name__]
     known = supported_architectures()
-    found = next((name for name in named if name in known), None) or _whole_model(place, known)
-    return found or named[-1], family_for(found or named[-1])
+    for part in _parts(place):
+        if part.get_encoder(_IMAGES) is not own:
+            continue
+        named = (*(part.config.architectures or ()), type(part).__name__)
+        found = next((name for name in named if name in known), None) or _whole_model(part, known)
+        if found is not None:
+            return found, family_for(found)
+    return type(place).__name__, family_for(type(place).__name__)
 
 
 def _whole_model(place: transformers.PreTrainedModel, known: Iterable[str]) -> str | None:
@@ -209,4 +217,9 @@ def stored_weights(tower: Tower) -> Mapping[str, torch.Tensor]:
         CheckpointError: If the checkpoint has none, or they cannot be read.
     """
     stored = tower.checkpoint.with_prefix(family_of(tower.checkpoint).prefixes)
+    if not stored:
+        raise CheckpointError(
+            f"{tower.checkpoint.folder} has no vision weights, so a model loaded from it cannot be saved with them.",
+            hint="Load the checkpoint that was stripped, and save that.",
+        )
     return {name: as_host_tensor(tensor.read(), tensor.dtype) for name, tensor in stored.items()}
