@@ -17,7 +17,8 @@ VLLM_RELEASES ?= 0.28.0 0.30.0 0.32.0 0.33.0
 # that compare the schema and the commands' pages, which a later pydantic and typer word differently.
 NOT_MINIMUM := --ignore tests/e2e --ignore tests/hostile \
 	$(patsubst %,--ignore tests/%,integrations/vllm integrations/dynamo integrations/transformers plugins/bench/test_bench_encode.py \
-	plugins/bench/test_bench_placement.py plugins/bench/test_bench_serve.py images/test_fitting.py) -k "not damaged_bytes and not made_from_data and not tables_show"
+	plugins/bench/test_bench_placement.py plugins/bench/test_bench_serve.py images/test_fitting.py) \
+	-k "not damaged_bytes and not made_from_data and not tables_show"
 
 PACKAGES := . plugins/onnxrt plugins/openvino plugins/torch_ref plugins/flexmlrt plugins/testing plugins/bench examples/digits_vlm
 NATIVE := $(wildcard cpp/*.txt cpp/*/*.txt cpp/cmake/* cpp/bridge/* cpp/simulator/*.* cpp/simulator/include/*)

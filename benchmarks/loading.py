@@ -9,7 +9,6 @@ import json
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 from visionaccel_testing.checkpoints import QWEN2_5_VL_7B
@@ -58,9 +57,7 @@ def measure() -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         vision = {**QWEN2_5_VL_7B, "depth": _DEPTH, "fullatt_block_indexes": [_DEPTH - 1]}
         tower, model = _run(_WRITE, folder, json.dumps(vision), json.dumps(_TEXT))
-        (whole, _), (together, _), (own, child) = (
-            _run(_MEASURE, folder, how) for how in ("whole", "none", "process")
-        )
+        (whole, _), (together, _), (own, child) = (_run(_MEASURE, folder, how) for how in ("whole", "none", "process"))
     return {
         "tower in float32, MB": tower,
         "model with its tower in float32, MB": model,

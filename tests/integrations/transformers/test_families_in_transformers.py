@@ -78,6 +78,13 @@ def test_a_saved_model_has_every_tensor_of_its_own_and_can_be_loaded(own, tmp_pa
         )
 
 
+def test_a_model_loaded_with_both_answers_alike(own):
+    with load(own.folder, backend="onnxrt", keep_tower=True) as handle:
+        require_equal(handle.model, own, "videos")
+        with handle.own_tower():
+            require_equal(handle.model, own, "videos")
+
+
 def test_a_thinker_is_loaded_by_itself(written, caplog):
     folder = written("Qwen2_5OmniForConditionalGeneration")
     asked = batches(MODELS["Qwen2_5OmniForConditionalGeneration"], AutoProcessor.from_pretrained(folder))["images"]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any, Literal, Self
@@ -186,11 +186,9 @@ def load(
     source = tower if wanted.bundle is None else open_matching(wanted.bundle, tower, stored)
     kind = model_class or _class_of(stored)
     with _opened(source, wanted) as encoder:
-        model, info = (kind if keep_tower else _without_tower(kind)).from_pretrained(
-            stored.folder, output_loading_info=True, **arguments
-        )
+        model = (kind if keep_tower else _without_tower(kind)).from_pretrained(stored.folder, **arguments)
         model.__class__ = kind
-        own = _loaded_tower(model, info["missing_keys"]) if keep_tower else None
+        own = _loaded_tower(model, tower) if keep_tower else None
         return _put(model, encoder, own, partial(stored_weights, tower), wanted)
 
 
@@ -253,15 +251,16 @@ def _class_of(stored: Checkpoint) -> type[transformers.PreTrainedModel]:
     return kind
 
 
-def _loaded_tower(model: nn.Module, missing: Iterable[str]) -> nn.Module:
-    """Return the tower of a model, without whose weights transformers would have made random ones."""
+def _loaded_tower(model: nn.Module, tower: Tower) -> nn.Module:
+    """Return the tower of a model; transformers makes random weights of those that it does not find."""
     own = tower_place(model)[1]
-    prefix = _name_of(own, model) + "."
-    if absent := next((name for name in missing if name.startswith(prefix)), None):
-        raise CheckpointError(
-            f"the checkpoint has no vision weights for transformers, such as {absent!r}.",
-            hint="Use a checkpoint that was not stripped of them.",
-        )
+    loaded = own.state_dict()
+    for name, stored in stored_weights(tower).items():
+        if name not in loaded or not loaded[name].cpu().equal(stored.to(loaded[name].dtype)):
+            raise CheckpointError(
+                f"transformers did not load the vision weight {name!r} as {tower.checkpoint.folder} has it.",
+                hint="Use the checkpoint in the form in which it was released.",
+            )
     return own
 
 

@@ -219,7 +219,7 @@ def stored_weights(tower: Tower) -> Mapping[str, torch.Tensor]:
     stored = tower.checkpoint.with_prefix(family_of(tower.checkpoint).prefixes)
     if not stored:
         raise CheckpointError(
-            f"{tower.checkpoint.folder} has no vision weights, so a model loaded from it cannot be saved with them.",
-            hint="Load the checkpoint that was stripped, and save that.",
+            f"{tower.checkpoint.folder} has no vision weights: the model has no tower, and cannot be saved with one.",
+            hint="Use a checkpoint that was not stripped of them.",
         )
     return {name: as_host_tensor(tensor.read(), tensor.dtype) for name, tensor in stored.items()}
