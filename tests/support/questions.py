@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -43,7 +44,9 @@ def asked(model: Model, processor: Any, media: Iterable[str], **data: Any) -> An
         if model.metadata:
             data["video_metadata"] = [_times(len(video)) for video in data["videos"]]
     text = [prompt(each) for each in media]
-    return processor(text=text, padding=True, padding_side="left", return_tensors="pt", **data)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # transformers' code for GLM and numpy 2
+        return processor(text=text, padding=True, padding_side="left", return_tensors="pt", **data)
 
 
 def batches(model: Model, processor: Any) -> Mapping[str, Any]:
