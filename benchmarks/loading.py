@@ -29,7 +29,7 @@ kind = transformers.Qwen2_5_VLForConditionalGeneration
 config = transformers.Qwen2_5_VLConfig(vision_config=vision, text_config=text, architectures=[kind.__name__])
 with torch.device("meta"):
     shapes = {name: tensor.shape for name, tensor in kind(config).state_dict().items()}
-tensors = {name: torch.empty(shape).normal_(std=0.02).bfloat16() for name, shape in shapes.items()}
+tensors = {name: torch.empty(shape, dtype=torch.bfloat16).uniform_(-0.05, 0.05) for name, shape in shapes.items()}
 save_file(tensors, folder / "model.safetensors", {"format": "pt"})
 (folder / "config.json").write_text(json.dumps({**config.to_dict(), "dtype": "bfloat16"}))
 print(json.dumps([
