@@ -1,7 +1,6 @@
 """However an engine's configuration is made, this package has seen it, or the model that is made from it says so."""
 
 import json
-import subprocess
 import sys
 import warnings
 from copy import copy
@@ -14,6 +13,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
+from command_line import run_command
 from visionaccel.bundle import ProgramRequest, export_bundle
 from visionaccel.core.grid import Grid
 from visionaccel.core.program import FixedGrid
@@ -64,13 +64,8 @@ def early(digits):
     """Configurations of a process that loads vLLM's plug-ins first: the usual one, and those of other architectures."""
     overrides = [{"architectures": [name]} for name in ("Qwen2_5_VLForSequenceClassification", "Qwen2_5_VLModel")]
     keywords = [{}, *({"hf_overrides": override, "runner": "pooling"} for override in overrides)]
-    done = subprocess.run(
-        [sys.executable, "-c", EARLY, str(digits), json.dumps(keywords)],
-        env=quiet_environment({"VISIONACCEL_BACKEND": "onnxrt"}),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    environment = quiet_environment({"VISIONACCEL_BACKEND": "onnxrt"})
+    done = run_command("-c", EARLY, digits, json.dumps(keywords), environment=environment)
     lines = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     assert len(lines) == len(keywords), done.stdout[-2000:] + done.stderr[-2000:]
     return [json.loads(line) for line in lines]
@@ -113,13 +108,7 @@ for backend in ("missing", "missing", "onnxrt"):
 
 
 def test_after_an_activation_that_failed_the_next_one_fails_or_succeeds_and_is_not_left_out(digits):
-    done = subprocess.run(
-        [sys.executable, "-c", RETRY, str(digits)],
-        env=quiet_environment({}),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    done = run_command("-c", RETRY, digits, environment=quiet_environment({}))
     found = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     *failed, served = found
     assert failed == ["UnknownBackendError"] * 2, done.stderr[-2000:]

@@ -1,13 +1,14 @@
 """Classes that are derived from what vLLM registered for an architecture; no model has one in the source."""
 
+import os
 import pickle
-import subprocess
 import sys
 import types
 import warnings
 
 import pytest
 
+from command_line import run_command
 from visionaccel.errors import ConfigurationError
 from visionaccel.families import family_for
 
@@ -72,9 +73,7 @@ for kind in pickle.loads(bytes.fromhex(sys.argv[1])):
 def test_derived_classes_are_unpickled_in_a_process_that_has_derived_none():
     derived = getattr(model, architectures.derived_name(QWEN))
     kinds = [*reversed(architectures.processing_of(derived)[:2]), derived]
-    done = subprocess.run(
-        [sys.executable, "-c", UNPICKLE, pickle.dumps(kinds).hex()], capture_output=True, text=True, timeout=240
-    )
+    done = run_command("-c", UNPICKLE, pickle.dumps(kinds).hex(), environment=os.environ)
     found = [line.removeprefix("FOUND ") for line in done.stdout.splitlines() if line.startswith("FOUND ")]
     assert found == [
         f"{kind.__module__} {kind.__qualname__} {[base.__name__ for base in kind.__mro__[1:3]]}" for kind in kinds
