@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -25,6 +25,9 @@ import torch
 from outcomes import Row, left_out_rules, reason_to_leave_out
 
 _METHODS = ("get_image_features", "get_video_features")
+
+# The tests' own configuration has the activation of its language model, which no released tower has.
+_VISION_CONFIGURATIONS = {"qwen3_vl": {"hidden_act": "gelu_pytorch_tanh"}}
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -121,6 +124,9 @@ class _Recorder:
         """Wrap the methods of the model's classes, and take the tests that are left out off the list."""
         name = f"transformers.models.{self._family}.modeling_{self._family}"
         self._replacement.install(sys.modules[name])
+        if self._family in _VISION_CONFIGURATIONS:
+            for tester in {item.cls.model_tester_class for item in items if hasattr(item.cls, "model_tester_class")}:
+                _configure(tester, _VISION_CONFIGURATIONS[self._family])
         kept, left_out = [], []
         for item in items:
             row = Row(self._family, f"{item.cls.__name__}::{item.name}", _group(item))
@@ -158,6 +164,19 @@ class _Recorder:
     def pytest_sessionfinish(self) -> None:
         """Write the rows."""
         self._target.write_text(json.dumps([asdict(row) for row in self._rows.values()], indent=1))
+
+
+def _configure(tester: Any, values: Mapping[str, Any]) -> None:
+    """Change values of the tower in the configurations that a tester class of transformers makes."""
+    make = tester.get_config
+
+    def get_config(self: Any) -> Any:
+        config = make(self)
+        for name, value in values.items():
+            setattr(config.vision_config, name, value)
+        return config
+
+    tester.get_config = get_config
 
 
 def _group(item: pytest.Function) -> str:
