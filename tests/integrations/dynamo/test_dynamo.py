@@ -308,7 +308,16 @@ def test_dynamo_takes_the_command_line_of_the_page(path, checkpoint):
     assert made.custom_encoder_class == path
     assert made.model_source_path == str(checkpoint)
     assert made.engine_args.enable_mm_embeds
-    assert made.engine_args.limit_mm_per_prompt == {"image": 0, "video": 0}
+    assert "visionaccel" not in command.environment["VLLM_PLUGINS"]
+
+
+@pytest.mark.parametrize(("plugins", "warned"), [(None, True), ("a,visionaccel", True), ("a", False)])
+def test_a_plug_in_of_vllm_that_encodes_as_well_is_logged(plugins, warned, checkpoint, started, monkeypatch, caplog):
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    started(checkpoint)
+    assert ("second encoder in the engine" in caplog.text) == warned
 
 
 def test_models_that_dynamo_cannot_serve_are_refused(checkpoints, path, started):

@@ -12,6 +12,7 @@ its hint, which is for the operator. Other errors become a status of 500 without
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -87,6 +88,12 @@ class VisionAccelEncoder(VisionEncoderBackend[str | bytes, QueuedImage, Qwen3VLI
             DeviceError: If the device fails to open, or encodes the golden images incorrectly.
         """
         settings = load_settings()
+        plugins = os.environ.get("VLLM_PLUGINS")
+        if settings.backend is not None and (plugins is None or "visionaccel" in plugins.split(",")):
+            logger.warning(
+                "visionaccel: vLLM has loaded its plug-in as well, which may open a second encoder in the engine. Set "
+                "VLLM_PLUGINS to a list without visionaccel."
+            )
         stored = locate_checkpoint(model_id)
         if not set(stored.architectures) & set(ARCHITECTURES):
             raise ConfigurationError(
