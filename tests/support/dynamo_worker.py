@@ -5,7 +5,6 @@ plug-ins: so their folder is only a place of modules while they are imported.
 """
 
 import asyncio
-import logging
 import sys
 import warnings
 from pathlib import Path
@@ -16,15 +15,16 @@ from transformers import AutoConfig
 UNPACKED = Path(sys.prefix) / "dynamo"
 
 sys.path.append(str(UNPACKED))
-handlers = list(logging.root.handlers)
 try:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from dynamo.runtime import logging
+
+        logging.configure_dynamo_logging = lambda *_: None  # it would replace the handlers of pytest and vLLM
         from dynamo.vllm.args import parse_args
         from dynamo.vllm.handlers import DecodeWorkerHandler
         from dynamo.vllm.multimodal_utils.custom_encoder import create_custom_encoder_adapter
 finally:
-    logging.root.handlers[:] = handlers
     sys.path.remove(str(UNPACKED))
 
 __all__ = ["Worker", "create_custom_encoder_adapter", "parse_args", "resolved"]
