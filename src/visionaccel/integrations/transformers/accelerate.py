@@ -118,7 +118,7 @@ def accelerate(
         backend: Name of an installed backend, or `auto`. The default of this and of the other arguments is the
             variable of the same name, such as `VISIONACCEL_BACKEND`; without one, it is `auto`.
         device: The backend's device.
-        bundle: Folder of a bundle or checkpoint with the same vision weights.
+        bundle: Folder of a bundle or checkpoint with the same vision weights; the model must have their dtype.
         fallback: One or more backends, separated by commas, that encode what this one fails on.
         settings: Other settings by the name of their variable in small letters, without `VISIONACCEL_`.
 
