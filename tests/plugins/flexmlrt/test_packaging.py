@@ -57,7 +57,7 @@ def sdk(tmp_path_factory):
     (root / "__init__.py").write_text('"""The SDK."""\nVERSION = "9.9.9"\n')
     (root / "share/cmake/FlexmlRT/FlexmlRTConfig.cmake").write_text(CONFIG)
     (root / "lib" / "libopenvino_c.so").symlink_to(openvino_library())
-    options = ["-std=c++17", "-O1", "-shared", "-fPIC", "-Wl,-soname,libflexmlrt.so", f"-I{sources}/include"]
+    options = ["-std=c++17", "-shared", "-fPIC", "-Wl,-soname,libflexmlrt.so", f"-I{sources}/include"]
     command = ["c++", *options, f"-I{OPENVINO}/include", *map(str, sources.glob("*.cpp")), "-ldl"]
     subprocess.run([*command, "-o", root / "lib" / "libflexmlrt.so"], check=True)
     return root
@@ -93,8 +93,9 @@ def sdist(clone, tmp_path_factory):
 
 def wheel(source, output, **given):
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", output]
-    # Without optimisation, which takes most of the time.
-    variables = environment(SKBUILD_CMAKE_BUILD_TYPE="Debug", **given)
+    # Without optimisation and debugging information, and each module as one source: it compiles in half the time.
+    faster = {"SKBUILD_CMAKE_BUILD_TYPE": "Plain", "SKBUILD_CMAKE_DEFINE": "CMAKE_UNITY_BUILD=ON"}
+    variables = environment(**faster, **given)
     done = subprocess.run([*command, source], env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     (found,) = Path(output).glob("*.whl")
