@@ -19,13 +19,14 @@ from visionaccel.errors import CheckpointError, ConfigurationError
 from visionaccel.families import Tower, tower_of
 
 
-def open_matching(folder: Path, wanted: Tower, stored: Checkpoint) -> Tower | Bundle:
+def open_matching(folder: Path, wanted: Tower, stored: Checkpoint, *, model: str | None = None) -> Tower | Bundle:
     """Open the bundle or checkpoint in a folder as the encoder of a model that has the tower `wanted`.
 
     Args:
         folder: The setting `VISIONACCEL_BUNDLE`.
         wanted: The tower of the model, with the configuration that its engine uses.
         stored: The files of that model.
+        model: What messages call the model, if it is not the folder of its files.
 
     Raises:
         ConfigurationError: If it is not a folder, or the encoder was made for another configuration, other weights or
@@ -44,7 +45,7 @@ def open_matching(folder: Path, wanted: Tower, stored: Checkpoint) -> Tower | Bu
     else:
         source = tower_of(locate_checkpoint(folder))
         processor = processor_digest(source.tower.checkpoint.folder)
-    _require_weights(wanted, source_digest(source), folder)
+    _require_weights(wanted, source_digest(source), folder, model or str(wanted.checkpoint.folder))
     require_processor(processor, stored.folder, folder)
     if wanted.spec != source.tower.spec:
         raise ConfigurationError(
@@ -61,7 +62,7 @@ def source_digest(source: Tower | Bundle) -> str:
     return source.manifest.weights_digest if isinstance(source, Bundle) else tower_digest(source)
 
 
-def _require_weights(served: Tower, digest: str, folder: Path) -> None:
+def _require_weights(served: Tower, digest: str, folder: Path, model: str) -> None:
     """Refuse an encoder of other vision weights than the served checkpoint's.
 
     A checkpoint stripped of its vision weights keeps a note of their digest. Without a note it is trusted.
@@ -78,6 +79,6 @@ def _require_weights(served: Tower, digest: str, folder: Path) -> None:
         )
     if found != digest:
         raise ConfigurationError(
-            f"the encoder in {folder} was made from different vision weights than those of {served.checkpoint.folder}.",
-            hint="Export a bundle from the served checkpoint.",
+            f"the encoder in {folder} was made from different vision weights than those of {model}.",
+            hint="Export a bundle from that model. A model in memory must be in the dtype of its checkpoint.",
         )

@@ -121,6 +121,14 @@ def test_an_unknown_tower_is_refused():
         accelerate(transformers.LlavaForConditionalGeneration(config), backend="onnxrt")
 
 
+def test_a_tower_that_no_family_describes_is_refused_by_the_models_name(model):
+    model.model.visual.config.hidden_act = "silu"
+    with pytest.raises(
+        UnsupportedArchitectureError, match=r"^this Qwen3VLForConditionalGeneration: vision_config.hidden_act is 'silu'"
+    ):
+        accelerate(model, backend="onnxrt")
+
+
 def adapted(layer):
     """Add what PEFT adds to a layer."""
     layer.base_layer, layer.lora_A, layer.lora_B = nn.Linear(64, 96), nn.Linear(64, 4), nn.Linear(4, 96)
@@ -195,7 +203,8 @@ def test_an_image_that_no_program_takes_is_named_and_a_fallback_takes_it(model, 
 @pytest.mark.parametrize("opened", [accelerate, load])
 def test_an_encoder_of_other_weights_or_another_configuration_is_refused(model, checkpoint, other, tmp_path, opened):
     subject = model if opened is accelerate else checkpoint
-    with pytest.raises(ConfigurationError, match="was made from different vision weights"):
+    named = "this Qwen3VLForConditionalGeneration" if opened is accelerate else str(checkpoint)
+    with pytest.raises(ConfigurationError, match=f"was made from different vision weights than those of {named}"):
         opened(subject, backend="onnxrt", bundle=other)
     shutil.copytree(checkpoint, tmp_path / "levels")
     config = json.loads((checkpoint / "config.json").read_text())

@@ -136,7 +136,9 @@ def accelerate(
     if isinstance(own, EncoderTower):
         raise ConfigurationError("the model has an encoder already.", hint="Call `restore` of its handle first.")
     with tower_in_memory(place, own) as tower:
-        source = tower if wanted.bundle is None else open_matching(wanted.bundle, tower, tower.checkpoint)
+        source: Tower | Bundle = tower
+        if wanted.bundle is not None:
+            source = open_matching(wanted.bundle, tower, tower.checkpoint, model=f"this {type(model).__name__}")
         temporary = tower.checkpoint.folder.resolve()
         if any(weight.file.is_relative_to(temporary) for weight in source.tower.weights.values()):
             source = hold_source(source)

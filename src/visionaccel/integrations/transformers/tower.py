@@ -161,6 +161,7 @@ def tower_in_memory(place: transformers.PreTrainedModel, own: transformers.PreTr
     """
     architecture, family = _family_of(place, own)
     config = family.with_configuration({"architectures": [architecture]}, own.config.to_dict())
+    family.described(config, f"this {type(place).__name__}")  # errors of the file below would name the file
     tensors = own.state_dict()
     unread = (name for name, tensor in tensors.items() if not isinstance(tensor, torch.Tensor) or tensor.is_meta)
     if name := next(unread, None):
