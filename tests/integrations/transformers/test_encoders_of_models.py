@@ -271,3 +271,20 @@ def test_metrics_timing_and_timeline_are_those_of_vllm(model, inputs, tmp_path, 
     assert counted["visionaccel_failures"] == [(["simulated", device, "DeviceError"], 1.0)]
     assert [record["grids"] for record in timed_encodes(caplog.text)] == [["1x6x8"], ["1x10x4"]], "each alone"
     assert device in (tmp_path / "trace.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "difference"), [("num_heads", 4, "heads is 2, not 4"), ("deepstack_visual_indexes", [0, 1, 2], "")]
+)
+def test_a_changed_configuration_of_the_tower_is_refused_while_loading(checkpoint, name, value, difference):
+    """The model's own tower would compute with it, the encoder with the checkpoint's."""
+    config = transformers.AutoConfig.from_pretrained(checkpoint)
+    setattr(config.vision_config, name, value)
+    with pytest.raises(ConfigurationError, match=f"changes the vision tower of .*{difference}"):
+        load(checkpoint, backend="torch_ref", config=config)
+
+
+@pytest.mark.parametrize("name", ["subfolder", "state_dict", "output_loading_info"])
+def test_arguments_that_load_other_files_or_return_more_are_refused(checkpoint, name):
+    with pytest.raises(ConfigurationError, match=f"does not accept from_pretrained's argument '{name}'"):
+        load(checkpoint, backend="torch_ref", **{name: {"other": 1}})

@@ -18,7 +18,7 @@ from visionaccel.checkpoint import Checkpoint, locate_checkpoint
 from visionaccel.core.safe_text import safe_logger
 from visionaccel.encoder import hold_source, open_matching
 from visionaccel.errors import CheckpointError, ConfigurationError, UnsupportedArchitectureError
-from visionaccel.families import Tower, tower_of
+from visionaccel.families import Tower, family_of, tower_of
 from visionaccel.images import FitPolicy, Fitter, ImageProcessor, fitter_for
 from visionaccel.integrations.transformers.tower import (
     EncoderTower,
@@ -33,6 +33,9 @@ from visionaccel.settings import Settings, load_settings
 from visionaccel.trust import GuardedEncoder
 
 logger = safe_logger(__name__)
+
+_REFUSED = ("gguf_file", "output_loading_info", "state_dict", "subfolder")
+"""Arguments of `from_pretrained` that load other files than the encoder's, or return more than the model."""
 
 
 class Accelerated:
@@ -171,17 +174,23 @@ def load(
         model_class: transformers' class of the model; the default is the one that the checkpoint names.
         revision: Revision of the repository.
         keep_tower: Whether to load the tower too, for `Accelerated.own_tower` and `Accelerated.restore`.
-        arguments: Arguments of the class's `from_pretrained`, such as `dtype` and `device_map`.
+        arguments: Arguments of the class's `from_pretrained`, such as `dtype` and `device_map`; not those that load
+            other files than the encoder's, or return more than the model.
 
     Returns:
         The handle, whose `model` is in evaluation mode.
 
     Raises:
-        ConfigurationError: As for `accelerate`.
+        ConfigurationError: As for `accelerate`, or an argument is refused or changes the configuration of the tower.
         ArtifactError: If the checkpoint or the bundle is broken.
         UnsupportedArchitectureError: If transformers has no such model, or no family describes its tower.
         DeviceError: As for `accelerate`.
     """
+    if refused := next((name for name in _REFUSED if arguments.get(name)), None):
+        raise ConfigurationError(
+            f"load does not accept from_pretrained's argument {refused!r}.",
+            hint="Pass the folder of the model, or load the model with from_pretrained and call accelerate.",
+        )
     wanted = _settings(backend, device, bundle, fallback, settings)
     stored = locate_checkpoint(path, revision)
     tower = tower_of(stored)
@@ -190,6 +199,7 @@ def load(
     with _opened(source, wanted) as encoder:
         model = (kind if keep_tower else _without_tower(kind)).from_pretrained(stored.folder, **arguments)
         model.__class__ = kind
+        _require_configuration(model, tower)
         own = _loaded_tower(model, tower) if keep_tower else None
         return _put(model, encoder, own, partial(stored_weights, tower), wanted)
 
@@ -251,6 +261,18 @@ def _class_of(stored: Checkpoint) -> type[transformers.PreTrainedModel]:
             hint="Pass the model's class as `model_class`.",
         )
     return kind
+
+
+def _require_configuration(model: nn.Module, tower: Tower) -> None:
+    """Refuse a model whose tower would compute something else than the checkpoint's: its configuration was changed."""
+    family, stored = family_of(tower.checkpoint), tower.checkpoint
+    config = family.with_configuration(stored.config, tower_place(model)[1].config.to_dict())
+    if (found := family.described(config, "the configuration of the model")) != tower.spec:
+        raise ConfigurationError(
+            f"the configuration of the model changes the vision tower of {stored.folder}: "
+            f"{tower.spec.differing(found)}.",
+            hint="Leave the vision configuration out of the arguments of load.",
+        )
 
 
 def _loaded_tower(model: nn.Module, tower: Tower) -> nn.Module:
