@@ -46,9 +46,8 @@ class MessageParts:
         self._service, self._tower = service, service.tower
         # On torchvision, as in vLLM: Pillow's results differ by a grey level or two.
         self._process = image_processor(self._tower.checkpoint.folder, "torchvision")
-        coverages = tuple(opened.program.coverage for opened in service.encoders[0].primary.programs)
-        bounds = self._process.min_pixels, self._process.max_pixels
-        self._fitter = Fitter(self._tower, coverages, "letterbox", *bounds)
+        coverages = service.encoders[0].primary.coverages
+        self._fitter = Fitter(self._tower, coverages, "letterbox", self._process.min_pixels, self._process.max_pixels)
         self._fitter.check_bounds()
 
     def image(self, image: Image) -> dict[str, Any]:

@@ -71,6 +71,8 @@ class Accelerated:
     def own_tower(self) -> Iterator[nn.Module]:
         """Have the model's own tower in its place during the context, without closing the encoder.
 
+        Moving or casting the model does not reach the tower while the encoder is in its place.
+
         Raises:
             ConfigurationError: If the model was loaded without it.
         """
@@ -86,7 +88,7 @@ class Accelerated:
             put_tower(place, now)
 
     def restore(self) -> None:
-        """Close the encoder, and put the model's own tower back.
+        """Close the encoder, and put the model's own tower back, on the device and with the dtype that it had.
 
         A model that was loaded without its tower has none: after this it raises a ConfigurationError for images.
         """
@@ -126,7 +128,7 @@ def accelerate(
         settings: Other settings by the name of their variable in small letters, without `VISIONACCEL_`.
 
     Returns:
-        The handle. It need not be kept if the tower will not be restored.
+        The handle. The encoder is open until its `restore`, or until the process ends.
 
     Raises:
         ConfigurationError: If the model has an encoder already, the bundle belongs to another model, a setting is

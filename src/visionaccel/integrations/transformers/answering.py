@@ -96,7 +96,7 @@ def ask(
         given: Tokens of an answer that the model has to give, to see how likely it finds each of them.
 
     Raises:
-        InputError: If the processor refuses an image, or the question contains placeholders of images.
+        InputError: If the processor refuses an image, or the question contains placeholders of images or videos.
         CheckpointError: If the chat template fails, or leaves out the images.
         VisionAccelError: If the encoder could not encode an image.
     """
@@ -147,6 +147,8 @@ def _inputs(processor: Any, images: Sequence[Image], question: str) -> Any:
             f"the prompt has {places} instead of {len(images)} image placeholders.",
             hint=f"Leave {processor.image_token} out of the question, or use a chat template that accepts images.",
         )
+    if (video := getattr(processor, "video_token", None)) and video in prompt:
+        raise InputError("the prompt has a video placeholder, but no video.", hint=f"Leave {video} out of the question.")
     try:
         return processor(text=[prompt], images=list(images), return_tensors="pt")
     except ValueError as error:
