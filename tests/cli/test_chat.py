@@ -131,7 +131,7 @@ def test_a_file_that_is_not_an_image_is_refused(digits, tmp_path):
 
 @pytest.mark.parametrize(
     ("placeholder", "message"),
-    [("<|image_pad|>", "2 instead of 1 image placeholders"), ("<|video_pad|>", "a video placeholder, but no video")],
+    [("<|image_pad|>", "2 instead of 1 image placeholders"), ("<|video_pad|>", "a video placeholder but no video")],
 )
 def test_a_question_with_a_placeholder_is_refused(digits, picture, placeholder, message):
     with pytest.raises(InputError, match=rf"{message}\. Leave .* out of the question"):

@@ -148,7 +148,7 @@ def _inputs(processor: Any, images: Sequence[Image], question: str) -> Any:
             hint=f"Leave {processor.image_token} out of the question, or use a chat template that accepts images.",
         )
     if (video := getattr(processor, "video_token", None)) and video in prompt:
-        raise InputError("the prompt has a video placeholder, but no video.", hint=f"Leave {video} out of the question.")
+        raise InputError("the prompt has a video placeholder but no video.", hint=f"Leave {video} out of the question.")
     try:
         return processor(text=[prompt], images=list(images), return_tensors="pt")
     except ValueError as error:
