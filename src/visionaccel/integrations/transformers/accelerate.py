@@ -201,7 +201,7 @@ def load(
     with _opened(source, wanted) as encoder:
         model = (kind if keep_tower else _without_tower(kind)).from_pretrained(stored.folder, **arguments)
         model.__class__ = kind
-        _require_configuration(model, tower)
+        _require_configuration(tower_place(model)[1].config, tower)
         own = _loaded_tower(model, tower) if keep_tower else None
         return _put(model, encoder, own, partial(stored_weights, tower), wanted)
 
@@ -265,10 +265,10 @@ def _class_of(stored: Checkpoint) -> type[transformers.PreTrainedModel]:
     return kind
 
 
-def _require_configuration(model: nn.Module, tower: Tower) -> None:
+def _require_configuration(vision: transformers.PretrainedConfig, tower: Tower) -> None:
     """Refuse a model whose tower would compute something else than the checkpoint's: its configuration was changed."""
     family, stored = family_of(tower.checkpoint), tower.checkpoint
-    config = family.with_configuration(stored.config, tower_place(model)[1].config.to_dict())
+    config = family.with_configuration(stored.config, vision.to_dict())
     if (found := family.described(config, "the configuration of the model")) != tower.spec:
         raise ConfigurationError(
             f"the configuration of the model changes the vision tower of {stored.folder}: "
