@@ -169,6 +169,13 @@ def test_a_pixel_is_padded_with_its_own_colour(tower):
     assert (fitted == (10, 20, 30)).all()
 
 
+@pytest.mark.parametrize("policy", ["letterbox", "stretch"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA"])
+def test_an_image_of_another_mode_is_fitted_as_its_rgb_version(tower, mode, policy):
+    image, fit = picture(90, 200).convert(mode), fitter(tower, fixed("8x24"), policy)
+    assert np.array_equal(fit.fit(image), fit.fit(image.convert("RGB")))
+
+
 def picture(height, width):
     """A picture with flat parts, edges and noise."""
     rng = np.random.default_rng(height * 1000 + width)

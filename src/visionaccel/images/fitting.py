@@ -14,7 +14,7 @@ from visionaccel.core.grid import Grid
 from visionaccel.core.program import AnyGrid, Bucket, Coverage, FixedGrid
 from visionaccel.errors import ConfigurationError, UnfitGridError
 from visionaccel.families import Tower
-from visionaccel.images.loading import ImageProcessor
+from visionaccel.images.loading import ImageProcessor, as_rgb
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -131,11 +131,16 @@ class Fitter:
         return min(candidates, key=lambda grid: (grid_cost(height, width, natural, grid), -grid.patches))
 
     def fit(self, image: Image) -> Image:
-        """Resize an RGB image to the size of its grid; the same object if the processor gives it that grid anyway."""
+        """Resize an image to the size of its grid, in RGB; the same object if the processor gives it that grid anyway.
+
+        Raises:
+            InputError: If the image is damaged, or its mode cannot be converted.
+            UnfitGridError: If no program accepts a grid for it.
+        """
         grid = self.grid_for(image.height, image.width)
         if image.size == self._size(grid) or grid == self.natural(image.height, image.width):
             return image
-        return _fitted(image, self._size(grid), self.policy)
+        return _fitted(as_rgb(image), self._size(grid), self.policy)
 
     @property
     def _cell(self) -> int:
