@@ -1,5 +1,7 @@
 """One item's fault is one item's answer."""
 
+import multiprocessing
+
 import numpy as np
 import pytest
 
@@ -131,3 +133,20 @@ def test_closing_closes_both(failing, healthy):
     for encoder in (failing, healthy):
         with pytest.raises(DeviceError, match="closed"):
             encoder.encode(random_patches([(1, 4, 4)]), [(1, 4, 4)])
+
+
+def _errors_in_a_fork(queue, guarded, patches):
+    queue.put([str(answer) for answer in guarded.encode_items(patches, GRIDS)])
+
+
+def test_a_fork_is_refused_at_once(healthy):
+    guarded, patches = GuardedEncoder(healthy), random_patches(GRIDS)
+    guarded.encode_items(patches, GRIDS)
+    fork = multiprocessing.get_context("fork")
+    queue = fork.SimpleQueue()
+    process = fork.Process(target=_errors_in_a_fork, args=(queue, guarded, patches), daemon=True)
+    process.start()
+    process.join(30)
+    assert not process.is_alive()
+    assert queue.get() == ["the device was opened by a different process. Open it after the fork."] * 3
+    guarded.close()

@@ -5,6 +5,7 @@ No image is lost while a healthy encoder remains, and an image fails alone: it d
 
 from __future__ import annotations
 
+import os
 import random
 import threading
 import time
@@ -145,6 +146,7 @@ class GuardedEncoder:
         self.primary = encoder
         self.links = (first, *others)
         self.shadow = shadow
+        self._owner = os.getpid()
         self._counting = threading.Lock()
         self.fallback_items = 0
         self.failed_items = 0
@@ -188,6 +190,9 @@ class GuardedEncoder:
             until: The latest time to return, on the monotonic clock: an item without an answer by then gets a
                 DeadlineError.
         """
+        if os.getpid() != self._owner:  # a fork has no threads for calls, and would wait until the deadline
+            forked = DeviceError("the device was opened by a different process.", hint="Open it after the fork.")
+            return [forked] * len(grids)
         background.resume()
         merge = self.primary.tower.merge_size
         try:
