@@ -58,6 +58,13 @@ def test_a_closed_encoder_says_so(model, checkpoint, inputs, opened):
         answered(handle.model, inputs)
 
 
+def test_a_closed_handle_is_no_context_in_which_the_models_own_tower_encodes(model):
+    with accelerate(model, backend="onnxrt") as handle:
+        pass
+    with pytest.raises(ConfigurationError, match="is closed"), handle:
+        pass
+
+
 def test_the_encoder_is_closed_if_it_cannot_take_the_towers_place(checkpoint, model, monkeypatch):
     """transformers' `set_encoder` does nothing for a model that it does not know, without an error."""
     from visionaccel.trust import GuardedEncoder

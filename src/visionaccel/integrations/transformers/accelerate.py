@@ -98,6 +98,10 @@ class Accelerated:
         self.encoder.close()
 
     def __enter__(self) -> Self:
+        if self.encoder.closed:
+            raise ConfigurationError(
+                "the vision encoder of this model is closed.", hint="Call accelerate on the model, or load it again."
+            )
         return self
 
     def __exit__(self, *_: object) -> None:
