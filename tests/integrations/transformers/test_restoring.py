@@ -58,7 +58,7 @@ def test_a_closed_encoder_says_so(model, checkpoint, inputs, opened):
         answered(handle.model, inputs)
 
 
-def test_a_closed_handle_is_no_context_in_which_the_models_own_tower_encodes(model):
+def test_a_closed_handle_cannot_be_entered(model):
     with accelerate(model, backend="onnxrt") as handle:
         pass
     with pytest.raises(ConfigurationError, match="is closed"), handle:
