@@ -34,6 +34,22 @@ def test_the_tower_is_back_after_an_error_too_and_restoring_twice_does_nothing(m
     assert model.model.visual is own
 
 
+def test_the_own_tower_stays_if_the_encoder_goes_while_it_is_shown(model):
+    own = model.model.visual
+    handle = accelerate(model, backend="onnxrt")
+    with handle.own_tower():
+        handle.restore()
+    assert model.model.visual is own
+    handle = accelerate(model, backend="onnxrt")
+    with handle.own_tower():
+        second = accelerate(model, backend="onnxrt")
+    assert model.model.visual.encoder is second.encoder
+    handle.restore()
+    assert model.model.visual.encoder is second.encoder
+    second.restore()
+    assert model.model.visual is own
+
+
 def test_a_second_encoder_is_refused_until_the_first_is_gone(model):
     with accelerate(model, backend="onnxrt"), pytest.raises(ConfigurationError, match="has an encoder already"):
         accelerate(model, backend="onnxrt")

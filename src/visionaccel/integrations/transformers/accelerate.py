@@ -71,7 +71,7 @@ class Accelerated:
     def own_tower(self) -> Iterator[nn.Module]:
         """Have the model's own tower in its place during the context, without closing the encoder.
 
-        Moving or casting the model does not reach the tower while the encoder is in its place.
+        It stays there if the encoder is closed, or another one takes the place, within the context. Moving or casting the model does not reach the tower while the encoder is in its place.
 
         Raises:
             ConfigurationError: If the model was loaded without it.
@@ -85,7 +85,8 @@ class Accelerated:
         try:
             yield self._own
         finally:
-            put_tower(place, now)
+            if tower_place(self.model)[1] is self._own and not self.encoder.closed:
+                put_tower(place, now)
 
     def restore(self) -> None:
         """Close the encoder, and put the model's own tower back, on the device and with the dtype that it had.
