@@ -71,7 +71,8 @@ class Accelerated:
     def own_tower(self) -> Iterator[nn.Module]:
         """Have the model's own tower in its place during the context, without closing the encoder.
 
-        It stays there if the encoder is closed, or another one takes the place, within the context. Moving or casting the model does not reach the tower while the encoder is in its place.
+        It stays there if the encoder is closed within the context; so does another one that took its place. Moving or
+        casting the model does not reach the tower while the encoder is in its place.
 
         Raises:
             ConfigurationError: If the model was loaded without it.
