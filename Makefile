@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 DOCTEST := $(VENV)/debian/usr
 INSTALLED := $(VENV)/installed
 DYNAMO := $(VENV)/dynamo/unpacked
+OBSERVERS := $(VENV)/observers
 TWINE := $(VENV)/twine/bin/twine
 AUDIT := $(VENV)/audit/bin/python
 IMPORTED := $(VENV)/transformers-tests
@@ -76,10 +77,11 @@ pinned-%:
 demo: $(INSTALLED)
 	$(BIN)/visionaccel demo
 
-# Two targets at a time, for two cores: as one ends, the next begins, and the shortest begin last, so that neither core waits.
-# Finally, the results are compared with those on the pages.
+# Two targets at a time, for two cores. What the tests need is made first: make begins a target that has to wait for something
+# after all others, and the longest must begin first. Finally, the results are compared with those on the pages.
 test: $(INSTALLED)
-	$(MAKE) --jobs=2 --output-sync=line lint types observers e2e unit-others unit-kit unit-plugins native docs
+	$(MAKE) --jobs=2 --output-sync=line types lint native docs observers $(DYNAMO)
+	$(MAKE) --jobs=2 --output-sync=line e2e unit-others unit-kit unit-plugins
 	$(BIN)/python tools/evidence.py
 
 lint: $(INSTALLED)
@@ -113,13 +115,16 @@ native: $(INSTALLED)
 
 # Programs that tests use: Prometheus, unpacked from Debian's package, and a browser, installed if the user is root. The
 # tests of a program that is missing are skipped.
-observers: $(INSTALLED)
+observers: $(OBSERVERS)
+
+$(OBSERVERS): | $(INSTALLED)
 	@command -v prometheus > /dev/null || test -e $(DOCTEST)/bin/prometheus || { mkdir -p $(VENV)/debian && cd $(VENV)/debian && \
 		{ apt-get download --quiet prometheus || { apt-get update --quiet && apt-get download --quiet prometheus; } } && \
 		dpkg --extract prometheus_*.deb . ; } || echo "The dashboard's tests need Prometheus (Debian: prometheus)."
 	@command -v chromium > /dev/null || { test $$(id -u) = 0 && { apt-get install --quiet --yes --no-install-recommends chromium || \
 		{ apt-get update --quiet && apt-get install --quiet --yes --no-install-recommends chromium; } } > $(VENV)/chromium.log 2>&1 ; } \
 		|| echo "The report's tests need a browser (Debian: chromium)."
+	@touch $@
 
 # Next to what is installed; tools/locked_dynamo.txt says why.
 $(DYNAMO): tools/locked_dynamo.txt | $(INSTALLED)
@@ -136,11 +141,11 @@ unit-others unit-plugins unit-kit e2e: export OMP_WAIT_POLICY := PASSIVE
 # In parts, which `test` runs next to each other.
 unit: unit-others unit-plugins unit-kit
 
-unit-others: observers $(DYNAMO)
+unit-others: $(OBSERVERS) $(DYNAMO)
 	$(UNIT) --ignore tests/e2e --ignore tests/plugins --ignore tests/towers --junitxml=$(VENV)/results/unit.xml
 
 # With the tests of towers, because both use the blocks of the 7B tower, which take long to make.
-unit-plugins: observers
+unit-plugins: $(OBSERVERS)
 	$(UNIT) $(PLUGINS) --basetemp=.pytest_tmp_plugins --junitxml=$(VENV)/results/plugins.xml
 
 unit-kit: $(INSTALLED)
