@@ -114,7 +114,10 @@ def test_images_are_fitted_to_a_bundles_programs(digits, picture, bundle, tmp_pa
         ([QUESTION], "no image was given"),
         ([], "no question was given"),
         (["{picture}", "x" * 5000, " "], "no question was given"),
-        (["{picture}", "Read", "the", "digits."], "Read is not a file. Write the question last, in quotes"),
+        (
+            ["{picture}", "Read", "the", "digits."],
+            "Read is not a file. Check its path. Write the question last, in quotes",
+        ),
         (["/nowhere/x.png", QUESTION], "/nowhere/x.png is not a file"),
     ],
 )

@@ -31,6 +31,7 @@ from visionaccel.errors import (
     QueueFullError,
     ServiceClosedError,
     SettingsError,
+    UnknownBackendError,
 )
 from visionaccel.service import EmbeddingCache, EncodeService, open_guarded, open_service, open_wanted_service
 from visionaccel.settings import Settings
@@ -790,3 +791,9 @@ def test_nothing_is_left_after_many_services(tiny):
     gc.collect()
     wait_until(lambda: set(threads()) <= kept)  # those of earlier tests may end by themselves
     assert files() <= held
+
+
+@pytest.mark.parametrize(("names", "error"), [("onnx", UnknownBackendError), ("auto", SettingsError)])
+def test_a_fallback_that_is_not_installed_is_refused_before_it_is_needed(tiny, names, error):
+    with pytest.raises(error):
+        open_service(tiny, backend="onnxrt", fallback=names)

@@ -12,7 +12,7 @@ A plug-in imports from here, `visionaccel.errors`, and these modules of `visiona
 
 from visionaccel.backends.hooks import BreakerReport, DriftReport, EncodeReport, FailureReport, Purpose, hookimpl
 from visionaccel.backends.registry import GROUP, BackendEntry, Registry, default_registry
-from visionaccel.backends.selection import AUTO, Candidate, ProgramSource, Selection, select
+from visionaccel.backends.selection import AUTO, Candidate, ProgramSource, Selection, check_names, select
 from visionaccel.backends.spec import (
     Accepted,
     CallParts,
@@ -35,5 +35,5 @@ __all__ = [
     "AUTO", "GROUP", "Accepted", "BackendEntry", "BreakerReport", "CallParts", "Candidate", "Capabilities",
     "DriftReport", "EncodeReport", "FailureReport", "Finding", "Isolation", "Options", "ProgramSource", "Purpose",
     "QuantizedModel", "Registry", "Rejected", "Selection", "Session", "Verdict", "VisionBackend", "call_parts",
-    "checked_options", "contained", "default_registry", "hookimpl", "select", "watch_parts",
+    "check_names", "checked_options", "contained", "default_registry", "hookimpl", "select", "watch_parts",
 ]  # fmt: skip

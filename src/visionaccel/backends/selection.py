@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Protocol
 
-from visionaccel.backends.registry import BackendEntry, Registry
+from visionaccel.backends.registry import BackendEntry, Registry, default_registry
 from visionaccel.backends.spec import Accepted, Rejected, Verdict, VisionBackend
 from visionaccel.core.containment import contained
 from visionaccel.core.program import Coverage, Program
-from visionaccel.errors import BackendUnavailableError, PluginError
+from visionaccel.errors import BackendUnavailableError, PluginError, SettingsError
 
 AUTO = "auto"
 
@@ -80,6 +80,27 @@ class Selection:
         ]
         where = f" on device {self.device!r}" if self.device else ""
         raise BackendUnavailableError(f"no backend can run this encoder{where}. " + " ".join(refusals))
+
+
+def check_names(backend: str | None, fallbacks: Iterable[str]) -> None:
+    """Refuse settings that name a backend that is not installed, before anything is opened.
+
+    Args:
+        backend: The chosen backend; None or `auto` for none in particular.
+        fallbacks: The fallbacks, which must be named.
+
+    Raises:
+        SettingsError: If a fallback is `auto`.
+        UnknownBackendError: If a backend is not installed.
+    """
+    named = [backend] if backend not in (None, AUTO) else []
+    for name in (*named, *fallbacks):
+        if name == AUTO:
+            raise SettingsError(
+                "VISIONACCEL_FALLBACK='auto' is not supported: a fallback must be chosen by name.",
+                hint="Set it to a backend, such as torch_ref.",
+            )
+        default_registry().entry(str(name))
 
 
 def select(registry: Registry, source: ProgramSource, requested: str = AUTO, device: str | None = None) -> Selection:

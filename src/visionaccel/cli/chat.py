@@ -112,7 +112,7 @@ def _checked(images: list[Path], question: str) -> list[Path]:
     if not images or not question.strip():
         raise ConfigurationError(f"no {'image' if question.strip() else 'question'} was given.", hint=hint)
     if missing := next((path for path in images if not path.is_file()), None):
-        raise ConfigurationError(f"{missing} is not a file.", hint=hint)
+        raise ConfigurationError(f"{missing} is not a file.", hint=f"Check its path. {hint}")
     return images
 
 

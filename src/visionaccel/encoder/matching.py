@@ -35,8 +35,8 @@ def open_matching(folder: Path, wanted: Tower, stored: Checkpoint, *, model: str
     """
     if not folder.is_dir():
         raise ConfigurationError(
-            f"VISIONACCEL_BUNDLE={str(folder)!r} is not a folder.",
-            hint="Set it to an existing folder; `visionaccel pull` fetches a bundle from the hub.",
+            f"the bundle {str(folder)!r} is not a folder.",
+            hint="Pass an existing folder, or set VISIONACCEL_BUNDLE to one; `visionaccel pull` fetches bundles.",
         )
     source: Tower | Bundle
     if is_bundle(folder):

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from visionaccel.backends import AUTO, default_registry
+from visionaccel.backends import AUTO, check_names, default_registry
 from visionaccel.bundle import Bundle, read_golden
 from visionaccel.core.cores import Host, choose_cores, shown_cores
 from visionaccel.core.defaults import CACHE_SIZE, DEADLINE, LONGEST_SECONDS, OPEN_DEADLINE, QUEUE_SIZE
@@ -48,6 +48,7 @@ def open_guarded(
     Raises:
         VisionAccelError: If neither the devices nor a fallback can start, or a setting is wrong.
     """
+    check_names(settings.backend, settings.fallback)
     if settings.timing:
         TimingLog.install()
     if settings.trace is not None:

@@ -19,6 +19,7 @@ from visionaccel.errors import (
     CheckpointError,
     ConfigurationError,
     DeviceError,
+    GridError,
     NonFiniteError,
     OutputError,
     PatchesError,
@@ -119,6 +120,25 @@ def test_an_unknown_tower_is_refused():
     )
     with pytest.raises(UnsupportedArchitectureError, match="its architecture is LlavaForConditionalGeneration"):
         accelerate(transformers.LlavaForConditionalGeneration(config), backend="onnxrt")
+
+
+@pytest.mark.parametrize("names", ["onnx", "torch_ref,onnx", "auto"])
+def test_a_fallback_that_is_not_installed_is_refused_at_once(model, names):
+    with pytest.raises((UnknownBackendError, SettingsError)):
+        accelerate(model, backend="onnxrt", fallback=names)
+
+
+def test_pixels_without_grids_are_an_error_of_ours(model, inputs):
+    with accelerate(model, backend="onnxrt"), pytest.raises(GridError, match="without their grids"):
+        model.model.visual(inputs["pixel_values"], grid_thw=None)
+
+
+def test_a_part_of_the_processor_cannot_fit_images(model, processor):
+    with (
+        accelerate(model, backend="onnxrt") as handle,
+        pytest.raises(ConfigurationError, match=r"has no image processor\. Pass the model's whole AutoProcessor"),
+    ):
+        handle.fitter(processor.tokenizer)
 
 
 def test_a_tower_that_no_family_describes_is_refused_by_the_models_name(model):

@@ -62,8 +62,12 @@ class Accelerated:
             None if the setting `VISIONACCEL_FIT` is `none`. Images are not changed if a program takes every grid.
 
         Raises:
-            ConfigurationError: If the processor would resize images that were fitted.
+            ConfigurationError: If the processor would resize images that were fitted, or has no image processor.
         """
+        if not hasattr(processor, "image_processor"):
+            raise ConfigurationError(
+                f"a {type(processor).__name__} has no image processor.", hint="Pass the model's whole AutoProcessor."
+            )
         primary = self.encoder.primary
         return fitter_for(primary.tower, primary.coverages, self._fit, ImageProcessor(processor.image_processor))
 

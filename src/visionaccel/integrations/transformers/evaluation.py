@@ -89,10 +89,13 @@ def read_task(file: Path) -> Task:
         try:
             questions[number] = Question.model_validate(parse_json(line))
             load_image(file.parent / questions[number].image)
-        except (ValueError, VisionAccelError) as error:
-            reason = error.message if isinstance(error, VisionAccelError) else problems_of(error)
+        except InputError as error:
             raise InputError(
-                f"{file}, line {number}: {reason}",
+                f"{file}, line {number}: {error.message}", hint="Image files are relative to the folder of the task."
+            ) from error
+        except ValueError as error:
+            raise InputError(
+                f"{file}, line {number}: {problems_of(error)}",
                 hint='Write one JSON object in each line, such as {"image": "page.png", "question": "...", '
                 '"answer": "..."}.',
             ) from error

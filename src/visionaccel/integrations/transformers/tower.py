@@ -19,7 +19,13 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from visionaccel.checkpoint import Checkpoint
 from visionaccel.core.arrays import as_host_tensor, is_tensor
-from visionaccel.errors import CheckpointError, ConfigurationError, UnsupportedArchitectureError, VisionAccelError
+from visionaccel.errors import (
+    CheckpointError,
+    ConfigurationError,
+    GridError,
+    UnsupportedArchitectureError,
+    VisionAccelError,
+)
 from visionaccel.families import Family, Tower, family_for, family_of, supported_architectures, tower_of
 from visionaccel.trust import GuardedEncoder
 
@@ -67,7 +73,7 @@ class EncoderTower(nn.Module):
         self.dtype = torch.float32
 
     @torch.compiler.disable  # type: ignore[untyped-decorator] # threads and locks cannot be traced
-    def forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor, **_: Any) -> ImageFeatures:
+    def forward(self, hidden_states: torch.Tensor, grid_thw: torch.Tensor | None, **_: Any) -> ImageFeatures:
         """Return the embeddings of images and videos in float32, on the device of their pixels.
 
         Args:
@@ -76,11 +82,17 @@ class EncoderTower(nn.Module):
 
         Raises:
             ConfigurationError: If the encoder was closed.
+            GridError: If there are no grids.
             VisionAccelError: Why an item could not be encoded. A note says which one if there are several.
         """
         if self.encoder.closed:
             raise ConfigurationError(
                 "the vision encoder of this model is closed.", hint="Call accelerate on the model, or load it again."
+            )
+        if grid_thw is None:
+            raise GridError(
+                "the model was given pixels without their grids.",
+                hint="Pass image_grid_thw, or video_grid_thw, of the same processor call.",
             )
         answers = self.encoder.encode_items(hidden_states.detach(), grid_thw.tolist())
         pieces = []

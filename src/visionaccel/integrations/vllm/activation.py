@@ -6,9 +6,9 @@ from functools import cache
 from importlib import import_module
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
-from visionaccel.backends import AUTO, default_registry
+from visionaccel.backends import check_names
 from visionaccel.core.cores import Host, choose_cores
-from visionaccel.errors import ConfigurationError, SettingsError
+from visionaccel.errors import ConfigurationError
 from visionaccel.integrations.vllm import compat
 from visionaccel.integrations.vllm.compat import architectures, engine_config, serving, weight_files, worker
 from visionaccel.integrations.vllm.compat.contract import WITHOUT, Feature, missing, why_off
@@ -31,14 +31,7 @@ def activate() -> None:
     """Check what can be checked without a device, and register the model classes; once. Does not import torch."""
     compat.share_log_handlers()
     settings = load_settings()
-    if AUTO in settings.fallback:
-        raise SettingsError(
-            "VISIONACCEL_FALLBACK='auto' is not supported: a fallback must be chosen by name.",
-            hint="Set it to a backend, such as torch_ref.",
-        )
-    for name in (settings.backend, *settings.fallback):
-        if name not in (None, AUTO):
-            default_registry().entry(name)
+    check_names(settings.backend, settings.fallback)
     choose_cores(settings.cpu_cores, Host(worker.started_cores(), frozenset(), ""))  # refused before models are loaded
     compat.warn_of_untried_release()
     architectures.register_models()
