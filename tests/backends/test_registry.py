@@ -214,6 +214,7 @@ def test_refusals_give_reason_and_hint(tiny, backend, device, message):
         ("onnxrt", {"thread": 1}, "thread: .*Supported options: provider, provider_options, threads"),
         ("onnxrt", {"threads": 0}, "threads: .*greater than or equal to 1"),
         ("torch_ref", {"dtype": "int4"}, "'float32' or 'bfloat16'"),
+        ("onnxrt", "threads=1", "are a str, not a mapping"),
     ],
 )
 def test_invalid_options_list_the_valid_ones(tiny, backend, options, message):

@@ -47,6 +47,12 @@ def test_wrong_patches_are_refused(bad, message):
     assert caught.value.hint
 
 
+@pytest.mark.parametrize("thing", [None, "page.png", [[0.0] * WIDTH] * 40])
+def test_what_is_not_an_array_is_refused(thing):
+    with pytest.raises(PatchesError, match=r"patches are a \w+, not an array"):
+        check_patches(thing, GRIDS, WIDTH)
+
+
 @given(st.integers(0, 39), st.integers(0, WIDTH - 1), st.sampled_from([np.nan, np.inf, -np.inf]))
 @pytest.mark.parametrize("dtype", [np.float32, np.float16, ml_dtypes.bfloat16, torch.float32, torch.bfloat16])
 def test_one_non_finite_value_is_found_and_its_image_named(dtype, row, column, value):

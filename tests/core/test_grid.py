@@ -35,6 +35,8 @@ def test_every_form_of_the_same_grids_is_equal(triples):
         ([(1, 4)], "not a triple"),
         ([4, 4, 4], "not a triple"),
         (["1x4"], "not a triple"),
+        (None, "grids are None, not triples"),
+        (np.zeros((4, 1176)), r"^grid \[0\.0, [0., ]{1,60}… is not a triple"),
         ([(1, 4.0, 4)], r"h=4\.0, w=4\): h must be a positive integer"),
         (np.array([[1.0, 4.0, 4.0]]), "t must be a positive integer"),
         ([(1, np.array(4.0), 4)], "h must be a positive integer"),

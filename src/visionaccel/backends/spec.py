@@ -287,6 +287,11 @@ class VisionBackend(ABC):
 
 def checked_options(backend: VisionBackend, options: Mapping[str, Any]) -> Options:
     """Validate options by name; SettingsError, whose hint lists the names, if the backend does not take them."""
+    if not isinstance(options, Mapping):
+        raise SettingsError(
+            f"options of a backend are a {type(options).__name__}, not a mapping.",
+            hint="Pass them by name, such as options={'threads': 1}.",
+        )
     try:
         return backend.options.model_validate(dict(options))
     except ValidationError as error:

@@ -8,7 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from visionaccel.core.arrays import Array, block_name, column_blocks, constant_rows, dtype_name, finite_rows
+from visionaccel.core.arrays import (
+    Array,
+    block_name,
+    column_blocks,
+    constant_rows,
+    dtype_name,
+    finite_rows,
+    is_tensor,
+)
 from visionaccel.core.grid import Grid, total_patches
 from visionaccel.errors import NonFiniteError, OutputError, PatchesError
 
@@ -52,6 +60,11 @@ def check_patches(patches: Array, grids: Sequence[Grid], patch_width: int) -> No
         PatchesError: For a wrong rank, width, dtype or count.
         NonFiniteError: For NaN or infinity; the message names the image.
     """
+    if not is_tensor(patches) and not isinstance(patches, np.ndarray):
+        raise PatchesError(
+            f"patches are a {type(patches).__name__}, not an array.",
+            hint="Pass pixel_values as the model's own processor returns them.",
+        )
     shape = tuple(patches.shape)
     if len(shape) != 2 or shape[1] != patch_width:
         raise PatchesError(

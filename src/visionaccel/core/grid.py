@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from operator import index
 from typing import Any, Self, SupportsIndex
 
+from visionaccel.core.safe_text import one_line
 from visionaccel.errors import GridError
 
 
@@ -82,6 +83,9 @@ class Grid:
         return f"{self.t}x{self.h}x{self.w}"
 
 
+_WANTED = "Pass grids as an integer array of shape [images, 3]."
+_SHOWN = 60
+
 GridLike = Grid | Sequence[SupportsIndex]
 
 
@@ -95,7 +99,10 @@ def as_grids(grids: Iterable[GridLike] | Any, merge_size: int = 1) -> tuple[Grid
     Raises:
         GridError: If no grids are given, or one is malformed or not divisible.
     """
-    rows = grids.tolist() if hasattr(grids, "tolist") else list(grids)
+    rows = grids.tolist() if hasattr(grids, "tolist") else grids
+    if not isinstance(rows, Iterable):
+        raise GridError(f"grids are {one_line(repr(rows), _SHOWN)}, not triples (t, h, w).", hint=_WANTED)
+    rows = list(rows)
     if not rows:
         raise GridError("no grid was given.", hint="Pass one (t, h, w) for each image or video.")
     checked = []
@@ -103,10 +110,7 @@ def as_grids(grids: Iterable[GridLike] | Any, merge_size: int = 1) -> tuple[Grid
         if not isinstance(row, Grid):
             row = row.tolist() if hasattr(row, "tolist") else row
             if not isinstance(row, Sequence) or isinstance(row, str) or len(row) != 3:
-                raise GridError(
-                    f"grid {row!r} is not a triple (t, h, w).",
-                    hint="Pass grids as an integer array of shape [images, 3].",
-                )
+                raise GridError(f"grid {one_line(repr(row), _SHOWN)} is not a triple (t, h, w).", hint=_WANTED)
             row = Grid(*map(_integer, row))
         row.check_divisible(merge_size)
         checked.append(row)
