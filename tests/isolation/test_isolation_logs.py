@@ -163,7 +163,7 @@ def test_the_pipes_are_read_although_every_record_fails_to_be_logged(pipes, capl
     handler = Broken()
     logging.getLogger().addHandler(handler)
     try:
-        for number in range(20):  # fewer than the tail has lines
+        for number in range(10):  # fewer than the tail has lines
             os.write(pipes.printed, b"line %d\n" % number)
             pipes.send()
         os.write(pipes.printed, b"the last word\n")
