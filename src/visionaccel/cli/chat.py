@@ -14,6 +14,7 @@ from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import (
     Backend,
     Device,
+    EncodingBundle,
     Json,
     MaxTokens,
     OptionsText,
@@ -33,9 +34,7 @@ def chat(
     checkpoint: Annotated[str, typer.Argument(help="Checkpoint folder or Hugging Face repository.")],
     images: Annotated[list[Path] | None, typer.Argument(help="Image files.", show_default=False)] = None,
     question: Annotated[str, typer.Argument(help="A question about them, in quotes.", show_default=False)] = "",
-    bundle: Annotated[
-        Path | None, typer.Option(help="Bundle whose programs encode; images are fitted to them by VISIONACCEL_FIT.")
-    ] = None,
+    bundle: EncodingBundle = None,
     backend: Backend = None,
     device: Device = None,
     options: OptionsText = None,

@@ -16,6 +16,7 @@ from visionaccel.checkpoint import locate_checkpoint
 from visionaccel.cli.output import (
     Backend,
     Device,
+    EncodingBundle,
     Json,
     OptionsText,
     backend_options,
@@ -37,9 +38,7 @@ def encode(
         str | None,
         typer.Option(help="Checkpoint folder or Hugging Face repository. Optional with a bundle that has a processor."),
     ] = None,
-    bundle: Annotated[
-        Path | None, typer.Option(help="Bundle whose programs encode; images are fitted to them by VISIONACCEL_FIT.")
-    ] = None,
+    bundle: EncodingBundle = None,
     backend: Backend = None,
     device: Device = None,
     options: OptionsText = None,

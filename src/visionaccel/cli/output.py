@@ -47,6 +47,10 @@ Device = Annotated[
     str | None, typer.Option(help="The backend's device. Default: VISIONACCEL_DEVICE, or the backend's own.")
 ]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Maximum length of an answer, in tokens. Default: 128.")]
+EncodingBundle = Annotated[
+    Path | None,
+    typer.Option("--bundle", help="Bundle whose programs encode; images are fitted to them by VISIONACCEL_FIT."),
+]
 OptionsText = Annotated[
     str | None, typer.Option("--options", help="Backend options: name=value,name=value or a JSON object.")
 ]

@@ -61,7 +61,7 @@ def towers(request, process_groups, tmp_path_factory):
 def test_embeddings_are_those_of_vllms_tower(towers, triples, ran):
     encoder, theirs = towers
     patches = random_patches(triples, TINY)
-    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # vLLM compiles parts anew for some shapes
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # or vLLM compiles for each shape
         exact = theirs(torch.from_numpy(patches.copy()), [list(each) for each in triples]).numpy()
     ours = np.asarray(encoder.encode(patches, triples))
     assert ours.shape == exact.shape
